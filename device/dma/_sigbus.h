@@ -1,0 +1,96 @@
+/* A peer that truncates memory it shares with us must hurt itself only.
+ *
+ * Touching a shared mapping beyond the end of its file raises SIGBUS. The handler here finds the mapping among those that were
+ * registered, puts a private zero page under the faulting address and marks the mapping as lost; the access then completes.
+ * A fault anywhere else goes to whoever handled SIGBUS before.
+ */
+#ifndef TRIONIC_SIGBUS_H
+#define TRIONIC_SIGBUS_H
+
+#include <signal.h>
+#include <stdint.h>
+#include <stddef.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+/* One slot per file that peers share with this process; a guest has one or two, tests a few hundred. */
+#define TRIONIC_GUARD_SLOTS 4096
+
+struct trionic_guard { uintptr_t start, end, page; int lost; };
+static struct trionic_guard trionic_guards[TRIONIC_GUARD_SLOTS];
+static struct sigaction trionic_previous_sigbus;
+static int trionic_sigbus_installed;
+
+static void trionic_on_sigbus(int signo, siginfo_t *info, void *context)
+{
+    uintptr_t at = (uintptr_t)info->si_addr;
+    for (size_t i = 0; i < TRIONIC_GUARD_SLOTS; i++) {
+        struct trionic_guard *g = &trionic_guards[i];
+        uintptr_t start = __atomic_load_n(&g->start, __ATOMIC_ACQUIRE);
+        if (start == 0 || at < start || at >= g->end)
+            continue;
+        void *page = (void *)(at & ~(g->page - 1));
+        if (mmap(page, g->page, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) == MAP_FAILED)
+            break;
+        g->lost = 1;
+        return;
+    }
+    if (trionic_previous_sigbus.sa_flags & SA_SIGINFO) {
+        if (trionic_previous_sigbus.sa_sigaction) {
+            trionic_previous_sigbus.sa_sigaction(signo, info, context);
+            return;
+        }
+    } else if (trionic_previous_sigbus.sa_handler != SIG_DFL && trionic_previous_sigbus.sa_handler != SIG_IGN) {
+        trionic_previous_sigbus.sa_handler(signo);
+        return;
+    }
+    signal(SIGBUS, SIG_DFL);    /* the faulting instruction runs again and ends the process */
+}
+
+static int trionic_guard_add(void *start, size_t length, size_t page)
+{
+    if (!trionic_sigbus_installed) {
+        struct sigaction action;
+        memset(&action, 0, sizeof(action));
+        action.sa_sigaction = trionic_on_sigbus;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+        if (sigaction(SIGBUS, &action, &trionic_previous_sigbus) != 0)
+            return -1;
+        trionic_sigbus_installed = 1;
+    }
+    for (int i = 0; i < TRIONIC_GUARD_SLOTS; i++) {
+        struct trionic_guard *g = &trionic_guards[i];
+        if (g->start != 0)
+            continue;
+        g->end = (uintptr_t)start + length;
+        g->page = page;
+        g->lost = 0;
+        __atomic_store_n(&g->start, (uintptr_t)start, __ATOMIC_RELEASE);
+        return i;
+    }
+    return -1;
+}
+
+static void trionic_guard_remove(int slot)
+{
+    __atomic_store_n(&trionic_guards[slot].start, (uintptr_t)0, __ATOMIC_RELEASE);
+}
+
+static int trionic_guard_lost(int slot)
+{
+    return trionic_guards[slot].lost;
+}
+
+
+/* The smallest piece of a mapping of this file that can be replaced by another: the huge page on hugetlbfs. */
+static size_t trionic_page_of(int fd)
+{
+    struct statfs fs;
+    if (fstatfs(fd, &fs) == 0 && (unsigned long)fs.f_type == 0x958458f6ul /* HUGETLBFS_MAGIC, linux/magic.h */)
+        return (size_t)fs.f_bsize;
+    return (size_t)sysconf(_SC_PAGESIZE);
+}
+
+#endif
