@@ -1,0 +1,171 @@
+"""``trionic serve``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trionic.config import (
+    DEFAULT_BAR2_SIZE,
+    DEFAULT_PORT,
+    CardConfig,
+    ServeConfig,
+    check_sockets,
+    load_config,
+    parse_bar2_size,
+    parse_mac,
+    parse_mtu,
+    parse_poll_us,
+)
+from trionic.errors import ConfigError
+
+__all__ = ["serve"]
+
+
+class _Parsed(click.ParamType[Any]):
+    """An option whose text is read by the parser that also reads the TOML file."""
+
+    def __init__(self, name: str, parse: Callable[[Any], Any], *, number: bool = False) -> None:
+        self.name = name
+        self._parse = parse
+        self._number = number
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._parse(int(value) if self._number and value.isdecimal() else value)
+        except ConfigError as error:
+            raise ConfigError(f"{param.opts[0] if param else self.name}: {error}") from None
+
+
+@click.command(short_help="Serve cards.")
+@click.option(
+    *("-s", "--socket", "sockets"),
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Where to listen; repeat for several cards.",
+)
+@click.option(
+    *("-p", "--port", "ports"),
+    metavar="SPEC",
+    multiple=True,
+    help="The network behind the card; one for each --socket, in the same order.  [default: loopback]",
+)
+@click.option(
+    *("-m", "--mac", "macs"),
+    type=_Parsed("MAC", parse_mac),
+    multiple=True,
+    help="The address; one for each --socket.  [default: made from the socket path]",
+)
+@click.option(
+    "--mtu",
+    type=_Parsed("BYTES", parse_mtu, number=True),
+    help="The largest packet.  [default: the port's, or 1500]",
+)
+@click.option(
+    "--bar2-size",
+    type=_Parsed("SIZE", parse_bar2_size, number=True),
+    default=DEFAULT_BAR2_SIZE,
+    help="On-card memory: a power of two such as 16M.  [default: 16M]",
+)
+@click.option(
+    *("--poll", "poll_us"),
+    type=_Parsed("US", parse_poll_us, number=True),
+    help="Microseconds to spin for the next message before sleeping: less latency, more heat.  [default: 0]",
+)
+@click.option(
+    *("-c", "--config"),
+    type=click.Path(path_type=Path),
+    help="A TOML file with one [[card]] for each card, instead of the options above.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="How much to tell on standard error.",
+)
+def serve(
+    sockets: tuple[Path, ...],
+    ports: tuple[str, ...],
+    macs: tuple[bytes, ...],
+    mtu: int | None,
+    bar2_size: int,
+    poll_us: int | None,
+    config: Path | None,
+    log_level: str,
+) -> None:
+    """Serve cards to QEMU 10.1 or newer, or to any other vfio-user client.
+
+    Each card has its own socket and its own network port. For each one the QEMU command line that plugs it in
+    is printed, then READY=1 once all of them listen. Ctrl-C or SIGTERM ends it and removes the sockets. A
+    guest may leave and another come at any time; one that comes early waits until the card is free.
+
+    \b
+    Ports:
+      loopback                     every packet comes back to its sender
+      tap:name=tap0                a TAP device, made if it does not exist (root)
+      stream:path=/run/x.sock      a unix stream: passt, or QEMU's -netdev stream
+      pcap:write=out.pcap          packets into a file; read=in.pcap replays one
+
+    \b
+    Examples:
+      trionic serve --socket /tmp/card.sock
+      trionic serve -s /tmp/a.sock -p tap:name=tap0 -s /tmp/b.sock -p tap:name=tap1
+      trionic serve --config cards.toml
+
+    \b
+    cards.toml:
+      [[card]]
+      socket = "/tmp/a.sock"
+      port = "tap:name=tap0"       # the rest may be left out
+      mac = "02:00:00:00:00:01"
+      mtu = 1500
+      bar2_size = "16M"
+    """
+    settings = _settings(sockets, ports, macs, mtu, bar2_size, poll_us, config)
+    from trionic.serving import run
+
+    run(settings, log_level)
+
+
+def _settings(
+    sockets: tuple[Path, ...],
+    ports: tuple[str, ...],
+    macs: tuple[bytes, ...],
+    mtu: int | None,
+    bar2_size: int,
+    poll_us: int | None,
+    config: Path | None,
+) -> ServeConfig:
+    if config is not None:
+        if sockets or ports or macs or mtu is not None or bar2_size != DEFAULT_BAR2_SIZE:
+            raise ConfigError("--config says which cards there are; leave out the other card options")
+        settings = load_config(config)
+        return settings if poll_us is None else ServeConfig(settings.cards, poll_us)
+    if not sockets:
+        raise ConfigError("no card to serve; give --socket PATH, or --config FILE with [[card]] tables")
+    _need_one_each("--port", ports, sockets)
+    _need_one_each("--mac", macs, sockets)
+    cards = tuple(
+        CardConfig(
+            socket=socket,
+            mtu=mtu,
+            bar2_size=bar2_size,
+            port=ports[number] if ports else DEFAULT_PORT,
+            mac=macs[number] if macs else None,
+        )
+        for number, socket in enumerate(sockets)
+    )
+    return ServeConfig(check_sockets(cards, "--socket"), poll_us or 0)
+
+
+def _need_one_each(option: str, values: tuple[object, ...], sockets: tuple[Path, ...]) -> None:
+    if values and len(values) != len(sockets):
+        raise ConfigError(
+            f"{option}: {len(values)} given for {len(sockets)} --socket; give one for each, or none at all"
+        )
