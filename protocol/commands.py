@@ -1,0 +1,126 @@
+"""All commands of vfio-user as one table: who sends each, what it carries, and what answers it.
+
+A command that is not implemented yet has its row and no shape; both engines refuse it with EOPNOTSUPP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from typing import Final
+
+from protocol._fields import Record
+from protocol.messages import (
+    DeviceInfo,
+    DmaMap,
+    DmaUnmap,
+    IrqInfo,
+    RegionAccess,
+    RegionInfo,
+    SetIrqs,
+    Version,
+)
+
+
+class Role(Enum):
+    """Which end of the socket this is: the client drives a device, the server is one."""
+
+    CLIENT = "client"
+    SERVER = "server"
+
+
+class Command(IntEnum):
+    """Command numbers (spec, "Commands"); 14 was the dirty page command of earlier versions and is gone."""
+
+    VERSION = 1
+    DMA_MAP = 2
+    DMA_UNMAP = 3
+    DEVICE_GET_INFO = 4
+    DEVICE_GET_REGION_INFO = 5
+    DEVICE_GET_REGION_IO_FDS = 6
+    DEVICE_GET_IRQ_INFO = 7
+    DEVICE_SET_IRQS = 8
+    REGION_READ = 9
+    REGION_WRITE = 10
+    DMA_READ = 11
+    DMA_WRITE = 12
+    DEVICE_RESET = 13
+    REGION_WRITE_MULTI = 15
+    DEVICE_FEATURE = 16
+    MIG_DATA_READ = 17
+    MIG_DATA_WRITE = 18
+
+
+class Tail(Enum):
+    """What may follow a record."""
+
+    NOTHING = "nothing"
+    """A longer message is malformed."""
+    IGNORED = "ignored"
+    """The record is a struct that grows with its `argsz`: a newer peer's extra fields are skipped, as the
+    kernel's ioctls do.
+    """
+    DATA = "data"
+    """Bytes whose length the command's own rules check."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One direction of a command: its record (None: an empty message), what may follow, and how many
+    descriptors come along.
+    """
+
+    record: type[Record] | None = None
+    tail: Tail = Tail.NOTHING
+    fds: bool = False
+
+
+EMPTY: Final = Part()
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A command's row. `sender` sends the request; `request` is None while the command is not implemented."""
+
+    command: Command
+    sender: Role
+    request: Part | None = None
+    reply: Part = EMPTY
+
+
+def _table(*rows: Shape) -> dict[int, Shape]:
+    return {int(row.command): row for row in rows}
+
+
+_C, _S = Role.CLIENT, Role.SERVER
+
+SHAPES: Final[dict[int, Shape]] = _table(
+    Shape(Command.VERSION, _C, Part(Version, Tail.DATA), Part(Version, Tail.DATA, fds=True)),
+    Shape(Command.DMA_MAP, _C, Part(DmaMap, Tail.IGNORED, fds=True)),
+    Shape(Command.DMA_UNMAP, _C, Part(DmaUnmap, Tail.IGNORED), Part(DmaUnmap, Tail.IGNORED)),
+    Shape(Command.DEVICE_GET_INFO, _C, Part(DeviceInfo, Tail.IGNORED), Part(DeviceInfo, Tail.IGNORED)),
+    Shape(
+        Command.DEVICE_GET_REGION_INFO,
+        _C,
+        Part(RegionInfo, Tail.IGNORED),
+        Part(RegionInfo, Tail.DATA, fds=True),
+    ),
+    Shape(Command.DEVICE_GET_REGION_IO_FDS, _C),
+    Shape(Command.DEVICE_GET_IRQ_INFO, _C, Part(IrqInfo, Tail.IGNORED), Part(IrqInfo, Tail.IGNORED)),
+    Shape(Command.DEVICE_SET_IRQS, _C, Part(SetIrqs, Tail.DATA, fds=True)),
+    Shape(Command.REGION_READ, _C, Part(RegionAccess), Part(RegionAccess, Tail.DATA)),
+    Shape(Command.REGION_WRITE, _C, Part(RegionAccess, Tail.DATA), Part(RegionAccess)),
+    Shape(Command.DMA_READ, _S),
+    Shape(Command.DMA_WRITE, _S),
+    Shape(Command.DEVICE_RESET, _C, EMPTY),
+    Shape(Command.REGION_WRITE_MULTI, _C),
+    Shape(Command.DEVICE_FEATURE, _C),
+    Shape(Command.MIG_DATA_READ, _C),
+    Shape(Command.MIG_DATA_WRITE, _C),
+)
+
+
+def command_name(number: int) -> str:
+    """The command's name, or its number in words if there is no such command."""
+    shape = SHAPES.get(number)
+    return shape.command.name if shape else f"command {number}"

@@ -1,0 +1,441 @@
+"""The protocol engine of one connection, without I/O: bytes and descriptors in, events out; requests and
+replies in, bytes out.
+
+One engine serves both roles. Its guarantees:
+
+- However the byte stream is cut into pieces, the same events come out. A message is reported when its last
+  byte is there.
+- Descriptors that come with a piece belong to the last message that begins in it: a unix stream socket ends
+  a recvmsg after the segment that carries descriptors, and every peer sends a message in one piece. They
+  are never closed here (see `events`).
+- What a peer can make the engine keep is one message of at most `max_message_size` bytes, with its
+  descriptors.
+- Nothing raises because of what a peer sent: it becomes `Refused`, `BadReply` or `Broken`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from errno import EBUSY, EINVAL, EIO, EOPNOTSUPP, EPROTO
+from typing import TYPE_CHECKING, Final
+
+from protocol._checks import REPLY_CHECKS, REQUEST_CHECKS
+from protocol._fields import Record
+from protocol._states import TRANSITIONS, State, Step
+from protocol.capabilities import Capabilities, answer, offer, parse_capabilities
+from protocol.commands import SHAPES, Command, Part, Role, Shape, Tail, command_name
+from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.events import BadReply, Broken, ErrorReply, Event, Negotiated, Refused, Reply, Request, Stray
+from protocol.limits import HEADER_SIZE, MAX_ERRNO, MAX_INFO_SIZE, MAX_OUTSTANDING, MAX_VERSION_DATA, Limits
+from protocol.messages import TYPE_MASK, HeaderFlags, RegionAccess, Version
+
+if TYPE_CHECKING:
+    from collections.abc import Buffer  # type: ignore[attr-defined]
+
+PROTOCOL_MAJOR: Final = 0
+PROTOCOL_MINOR: Final = 2
+"""What a client proposes and the most a server agrees to; a lower minor is agreed to as well (0.2 is
+libvfio-user's since 2023).
+"""
+
+_HEADER = struct.Struct("=HHIII")
+_REPLY: Final = int(HeaderFlags.REPLY)
+_NO_REPLY: Final = int(HeaderFlags.NO_REPLY)
+_ERROR: Final = int(HeaderFlags.ERROR)
+
+
+class Connection:
+    """One end of a vfio-user socket. Public attributes are to be read only."""
+
+    def __init__(self, role: Role, limits: Limits | None = None) -> None:
+        self.role = role
+        self.limits = limits or Limits()
+        self.peer = Capabilities()
+        """What the other end announced; the spec's defaults before VERSION."""
+        self.version: Version | None = None
+        """The agreed version, None before."""
+        self._state = State.START
+        self._partial = bytearray()
+        self._partial_fds: tuple[int, ...] = ()
+        self._wanted = HEADER_SIZE
+        self._excess_fds = False
+        self._pending: dict[tuple[int, int], Record | None] = {}
+        self._posted: set[int] = set()
+        self._next_id = 0
+        self._max_ready_size = HEADER_SIZE + max(
+            RegionAccess.size + self.limits.max_data_xfer_size, MAX_INFO_SIZE
+        )
+
+    @property
+    def ready(self) -> bool:
+        """VERSION is agreed on and nothing broke."""
+        return self._state is State.READY
+
+    @property
+    def closed(self) -> bool:
+        """Nothing can be sent or received any more."""
+        return self._state in (State.BROKEN, State.CLOSED)
+
+    @property
+    def at_boundary(self) -> bool:
+        """No message is half received: the next byte begins a header."""
+        return not self._partial
+
+    @property
+    def outstanding(self) -> int:
+        """Requests sent whose answer has not come."""
+        return len(self._pending)
+
+    @property
+    def max_message_size(self) -> int:
+        """Bytes of the longest message that is read now; it grows once VERSION is agreed on."""
+        return (
+            self._max_ready_size
+            if self._state is State.READY
+            else HEADER_SIZE + Version.size + MAX_VERSION_DATA
+        )
+
+    # receiving
+
+    def receive(self, data: Buffer, fds: Sequence[int] = (), *, fds_lost: bool = False) -> list[Event]:
+        """Take what one recvmsg gave and report what it completes.
+
+        `data` is copied where it is kept. `fds_lost` says that the kernel dropped descriptors (MSG_CTRUNC):
+        the message that they belong to is refused. Raises LocalProtocolError if the connection is closed or
+        broken, and takes nothing then.
+        """
+        if self._state >= State.BROKEN:
+            raise LocalProtocolError(EPROTO, "nothing can be received on a closed connection")
+        if self._partial:
+            self._partial += data
+            if len(self._partial) < self._wanted:
+                self._keep_fds(tuple(fds), fds_lost)
+                return []
+            data = bytes(self._partial)
+            self._partial.clear()
+        events: list[Event] = []
+        with memoryview(data) as view:
+            self._split(view, tuple(fds), fds_lost, events)
+        return events
+
+    def close(self) -> tuple[int, ...]:
+        """The socket is gone or given up; gives the descriptors of a half received message, for the caller
+        to close.
+        """
+        self._state = TRANSITIONS[self._state, Step.CLOSE]
+        fds, self._partial_fds = self._partial_fds, ()
+        self._partial.clear()
+        self._pending.clear()
+        return fds
+
+    def _keep_fds(self, fds: tuple[int, ...], lost: bool) -> None:
+        self._partial_fds += fds
+        self._excess_fds |= lost
+
+    def _split(self, view: memoryview, fds: tuple[int, ...], lost: bool, events: list[Event]) -> None:
+        """Cut the view into messages; `self._partial_fds` belong to the first, `fds` to the last that
+        begins here.
+        """
+        at, end = 0, len(view)
+        while end - at >= HEADER_SIZE:
+            header = _HEADER.unpack_from(view, at)
+            size = header[2]
+            kind = header[3] & TYPE_MASK
+            if size < HEADER_SIZE or size > self.max_message_size:
+                events.append(self._break(EINVAL, f"a message of {size} bytes", header, fds))
+                return
+            if kind > _REPLY:
+                events.append(self._break(EINVAL, f"a message of type {kind}", header, fds))
+                return
+            if size > end - at:
+                self._wanted = size
+                break
+            first, excess = self._partial_fds, self._excess_fds
+            self._partial_fds, self._excess_fds = (), False
+            if at + size == end:
+                first, fds = first + fds, ()
+                excess, lost = excess or lost, False
+            if len(first) > self.limits.max_msg_fds:
+                excess = True
+            with view[at + HEADER_SIZE : at + size] as payload:
+                if kind:
+                    event = self._receive_reply(header, payload, first, excess)
+                else:
+                    event = self._receive_command(header, payload, first, excess)
+            if isinstance(event, Broken) and fds:
+                event = Broken(event.error, event.farewell, event.fds + fds)
+            events.append(event)
+            if self._state is State.BROKEN:
+                return
+            at += size
+        else:
+            self._wanted = HEADER_SIZE
+        if at < end:
+            self._partial += view[at:end]
+            self._keep_fds(fds, lost)
+
+    def _receive_command(
+        self, header: tuple[int, ...], payload: memoryview, fds: tuple[int, ...], excess: bool
+    ) -> Event:
+        message_id, number, _, flags, _ = header
+        if self._state is not State.READY:
+            return self._receive_version(header, payload, fds)
+        no_reply = bool(flags & _NO_REPLY)
+        shape = SHAPES.get(number)
+        if excess:
+            what = f"{command_name(number)} with more than {self.limits.max_msg_fds} descriptors"
+            return Refused(number, message_id, no_reply, EINVAL, what, fds)
+        if shape is None or shape.sender is self.role:
+            return Refused(
+                number,
+                message_id,
+                no_reply,
+                EINVAL,
+                f"{command_name(number)} is not a request to a {self.role.value}",
+                fds,
+            )
+        if shape.request is None:
+            return Refused(
+                number, message_id, no_reply, EOPNOTSUPP, f"{shape.command.name} is not implemented", fds
+            )
+        if number == Command.VERSION:
+            return Refused(number, message_id, no_reply, EINVAL, "a second VERSION", fds)
+        if flags & _ERROR:
+            return Refused(
+                number,
+                message_id,
+                no_reply,
+                EINVAL,
+                f"{shape.command.name} with the error flag of a reply",
+                fds,
+            )
+        decoded = _decode(shape, shape.request, payload)
+        if isinstance(decoded, str):
+            return Refused(number, message_id, no_reply, EINVAL, decoded, fds)
+        body, data = decoded
+        check = REQUEST_CHECKS.get(number)
+        if check is not None:
+            reason = check(body, data, len(fds), self.limits)
+            if reason is not None:
+                return Refused(number, message_id, no_reply, EINVAL, reason, fds)
+        return Request(shape.command, message_id, no_reply, body, data, fds)
+
+    def _receive_version(self, header: tuple[int, ...], payload: memoryview, fds: tuple[int, ...]) -> Event:
+        message_id, number, _, flags, _ = header
+        legal = (self._state, Step.RECEIVE_VERSION) in TRANSITIONS and self.role is Role.SERVER
+        if number != Command.VERSION or not legal:
+            return self._break(EINVAL, f"{command_name(number)} before VERSION is agreed on", header, fds)
+        if flags & (_NO_REPLY | _ERROR):
+            return self._break(EINVAL, f"VERSION with flags {flags:#x}", header, fds)
+        if len(payload) < Version.size:
+            return self._break(EINVAL, f"VERSION of {len(payload)} bytes", header, fds)
+        proposed = Version.decode(payload)
+        if proposed.major != PROTOCOL_MAJOR:
+            return self._break(
+                EINVAL,
+                f"version {proposed.major}.{proposed.minor} is proposed, not {PROTOCOL_MAJOR}.x",
+                header,
+                fds,
+            )
+        try:
+            self.peer = parse_capabilities(bytes(payload[Version.size :]))
+        except RemoteProtocolError as error:
+            return self._break(error.errno, error.reason, header, fds)
+        self._state = TRANSITIONS[self._state, Step.RECEIVE_VERSION]
+        self.version = Version(PROTOCOL_MAJOR, min(proposed.minor, PROTOCOL_MINOR))
+        content = self.version.encode() + answer(self.limits, self.peer)
+        reply = _HEADER.pack(message_id, number, HEADER_SIZE + len(content), _REPLY, 0) + content
+        return Negotiated(self.version, self.peer, reply, message_id, fds)
+
+    def _receive_reply(
+        self, header: tuple[int, ...], payload: memoryview, fds: tuple[int, ...], excess: bool
+    ) -> Event:
+        message_id, number, _, flags, error = header
+        key = (message_id, number)
+        if key not in self._pending:
+            if number in self._posted:
+                return Stray(Command(number), message_id, fds)
+            return self._break(
+                EPROTO, f"a reply to {command_name(number)} {message_id} that nobody asked for", header, fds
+            )
+        asked = self._pending.pop(key)
+        shape = SHAPES[number]
+        if self._state is State.OFFERED:
+            return self._receive_agreement(header, payload, fds)
+        if flags & _ERROR:
+            return ErrorReply(shape.command, message_id, error if 0 < error <= MAX_ERRNO else EIO, fds)
+        if excess:
+            return BadReply(
+                shape.command, message_id, f"more than {self.limits.max_msg_fds} descriptors", fds
+            )
+        decoded = _decode(shape, shape.reply, payload)
+        if isinstance(decoded, str):
+            return BadReply(shape.command, message_id, decoded, fds)
+        body, data = decoded
+        check = REPLY_CHECKS.get(number)
+        if check is not None:
+            reason = check(asked, body, data)
+            if reason is not None:
+                return BadReply(shape.command, message_id, reason, fds)
+        return Reply(shape.command, message_id, body, data, fds)
+
+    def _receive_agreement(self, header: tuple[int, ...], payload: memoryview, fds: tuple[int, ...]) -> Event:
+        message_id, _, _, flags, error = header
+        if flags & _ERROR:
+            return self._break(
+                error if 0 < error <= MAX_ERRNO else EIO, "the server refuses VERSION", header, fds
+            )
+        if len(payload) < Version.size:
+            return self._break(EPROTO, f"VERSION answered with {len(payload)} bytes", header, fds)
+        agreed = Version.decode(payload)
+        if agreed.major != PROTOCOL_MAJOR or agreed.minor > PROTOCOL_MINOR:
+            what = f"version {PROTOCOL_MAJOR}.{PROTOCOL_MINOR} answered with {agreed.major}.{agreed.minor}"
+            return self._break(EPROTO, what, header, fds)
+        try:
+            self.peer = parse_capabilities(bytes(payload[Version.size :]))
+        except RemoteProtocolError as refusal:
+            return self._break(EPROTO, refusal.reason, header, fds)
+        self._state = TRANSITIONS[self._state, Step.RECEIVE_AGREEMENT]
+        self.version = agreed
+        return Negotiated(agreed, self.peer, b"", message_id, fds)
+
+    def _break(self, errno: int, reason: str, header: tuple[int, ...], fds: tuple[int, ...]) -> Broken:
+        """The peer cannot be believed any more. The farewell tells it why, if it sent a command that wants
+        an answer.
+        """
+        self._state = TRANSITIONS[self._state, Step.BREAK]
+        self._partial.clear()
+        fds = self._partial_fds + fds
+        self._partial_fds = ()
+        self._pending.clear()
+        farewell = b""
+        if header[3] & (TYPE_MASK | _NO_REPLY) == 0:
+            farewell = _HEADER.pack(header[0], header[1], HEADER_SIZE, _REPLY | _ERROR, errno)
+        return Broken(RemoteProtocolError(errno, reason), farewell, fds)
+
+    # sending
+
+    def propose(self) -> bytes:
+        """The client's first message, VERSION with this side's limits."""
+        if self.role is not Role.CLIENT:
+            raise LocalProtocolError(EINVAL, "a server does not propose a version")
+        self._step(Step.SEND_VERSION)
+        content = Version(PROTOCOL_MAJOR, PROTOCOL_MINOR).encode() + offer(self.limits)
+        self._pending[self._next_id, int(Command.VERSION)] = None
+        return _HEADER.pack(self._take_id(), Command.VERSION, HEADER_SIZE + len(content), 0, 0) + content
+
+    def request(
+        self,
+        command: Command,
+        body: Record | None = None,
+        data: Buffer = b"",
+        fds: Sequence[int] = (),
+        *,
+        no_reply: bool = False,
+    ) -> tuple[int, bytes]:
+        """(message id, message) of a request; send it in one call, together with `fds` and with nothing
+        after it in that call.
+
+        Raises LocalProtocolError, and changes nothing, for what the peer would have to refuse: a command
+        that is not ours to send, a malformed body, more data or descriptors than the peer takes (EINVAL),
+        too many requests without an answer (EBUSY), a session that is not ready (EPROTO). With `no_reply`
+        there is no answer and the id means nothing.
+        """
+        shape = SHAPES[command]
+        if shape.request is None or shape.sender is not self.role or command == Command.VERSION:
+            raise LocalProtocolError(EOPNOTSUPP, f"{command.name} cannot be sent by a {self.role.value}")
+        content = self._content(shape, shape.request, body, data, fds)
+        check = REQUEST_CHECKS.get(command)
+        if check is not None:
+            limits = Limits(
+                max_data_xfer_size=max(1, min(self.peer.max_data_xfer_size, self.limits.max_data_xfer_size))
+            )
+            reason = check(body, bytes(data), len(fds), limits)
+            if reason is not None:
+                raise LocalProtocolError(EINVAL, reason)
+        if len(self._pending) >= MAX_OUTSTANDING:
+            raise LocalProtocolError(EBUSY, f"{MAX_OUTSTANDING} requests without an answer")
+        self._step(Step.SEND_COMMAND)
+        while (self._next_id, int(command)) in self._pending:
+            self._take_id()
+        message_id = self._take_id()
+        if no_reply:
+            self._posted.add(int(command))
+        else:
+            self._pending[message_id, int(command)] = body
+        flags = _NO_REPLY if no_reply else 0
+        return message_id, _HEADER.pack(message_id, command, HEADER_SIZE + len(content), flags, 0) + content
+
+    def reply(
+        self, request: Request, body: Record | None = None, data: Buffer = b"", fds: Sequence[int] = ()
+    ) -> bytes:
+        """The answer to a request, b"" if it wants none; send it in one call together with `fds`.
+
+        Raises LocalProtocolError(EINVAL) if the body is not what the command answers with or the peer does
+        not take so many descriptors.
+        """
+        self._step(Step.SEND_REPLY)
+        if request.no_reply:
+            return b""
+        shape = SHAPES[request.command]
+        content = self._content(shape, shape.reply, body, data, fds)
+        return (
+            _HEADER.pack(request.message_id, request.command, HEADER_SIZE + len(content), _REPLY, 0) + content
+        )
+
+    def error(self, request: Request | Refused, errno: int) -> bytes:
+        """The header that refuses a request, b"" if it wants no answer."""
+        self._step(Step.SEND_REPLY)
+        if request.no_reply:
+            return b""
+        return _HEADER.pack(request.message_id, request.command, HEADER_SIZE, _REPLY | _ERROR, errno)
+
+    def _content(
+        self, shape: Shape, part: Part, body: Record | None, data: Buffer, fds: Sequence[int]
+    ) -> bytes:
+        name = shape.command.name
+        if type(body) is not (part.record or type(None)):
+            raise LocalProtocolError(
+                EINVAL, f"{name} takes {part.record.__name__ if part.record else 'nothing'}, not {body!r}"
+            )
+        if fds and (not part.fds or len(fds) > self.peer.max_msg_fds):
+            most = self.peer.max_msg_fds if part.fds else 0
+            raise LocalProtocolError(EINVAL, f"{name} with {len(fds)} descriptors, {most} at most")
+        try:
+            content = (body.encode() if body is not None else b"") + data
+        except ValueError as error:
+            raise LocalProtocolError(EINVAL, str(error)) from None
+        if part.tail is not Tail.DATA and len(content) > (part.record.size if part.record else 0):
+            raise LocalProtocolError(EINVAL, f"{name} carries no data")
+        return content
+
+    def _step(self, step: Step) -> None:
+        state = TRANSITIONS.get((self._state, step))
+        if state is None:
+            raise LocalProtocolError(EPROTO, f"{step.name} is not allowed in state {self._state.name}")
+        self._state = state
+
+    def _take_id(self) -> int:
+        taken = self._next_id
+        self._next_id = (taken + 1) & 0xFFFF
+        return taken
+
+
+def _decode(shape: Shape, part: Part, payload: memoryview) -> tuple[Record | None, bytes] | str:
+    """A message's record and data, or why it is malformed."""
+    if part.record is None:
+        if len(payload):
+            return f"{shape.command.name} with {len(payload)} bytes it has no use for"
+        return None, b""
+    size = part.record.size
+    if len(payload) < size:
+        return f"{shape.command.name} of {len(payload)} bytes, less than the {size} of {part.record.__name__}"
+    body = part.record.decode(payload)
+    if len(payload) == size:
+        return body, b""
+    if part.tail is Tail.DATA:
+        return body, bytes(payload[size:])
+    if part.tail is Tail.IGNORED:
+        return body, b""
+    return f"{shape.command.name} of {len(payload)} bytes, more than the {size} of {part.record.__name__}"
