@@ -43,12 +43,13 @@ cdef class VirtQueue:
 
     cdef bint resolve(self) noexcept nogil
     cdef bint ready(self) noexcept nogil
+    cdef uint16_t available(self) noexcept nogil
     cdef int pop_chain(self, Chain *chain) noexcept nogil
     cdef void unpop_chains(self, uint16_t count) noexcept nogil
     cdef void push_used(self, uint16_t head, uint32_t written) noexcept nogil
     cdef void publish(self) noexcept nogil
     cdef bint wants_interrupt(self) noexcept nogil
-    cdef bint wants_kicks(self) noexcept nogil
+    cdef bint wants_kicks(self, uint16_t seen) noexcept nogil
     cdef void refuses_kicks(self) noexcept nogil
     cdef int _walk(self, Chain *chain, uint16_t head) noexcept nogil
     cdef int vectors_of(self, Chain *chain, int first, int last, uint32_t prot, iovec *out, int room) noexcept nogil

@@ -122,6 +122,10 @@ cdef class VirtQueue:
     cdef bint ready(self) noexcept nogil:
         return self.enabled and self._fault == 0 and self.resolve()
 
+    cdef uint16_t available(self) noexcept nogil:
+        """avail.idx as it is now; it differs from `last_avail` when chains are waiting. The queue must be ready."""
+        return load16_acquire(&self._avail[1])
+
     cdef int pop_chain(self, Chain *chain) noexcept nogil:
         """Take the next chain: 1 and `chain` filled, 0 when there is none, -1 when the queue is broken."""
         cdef uint16_t avail, head
@@ -230,14 +234,14 @@ cdef class VirtQueue:
         event = load16_relaxed(&self._avail[2 + self.size])
         return not known or <uint16_t> (self.used_index - event - 1) < <uint16_t> (self.used_index - previous)
 
-    cdef bint wants_kicks(self) noexcept nogil:
-        """Ask for a notification at the next available chain; True when one is there already."""
+    cdef bint wants_kicks(self, uint16_t seen) noexcept nogil:
+        """Ask for a notification once avail.idx moves on from `seen`; True when it has already."""
         if self.event_index:
-            store16_relaxed(&self._used[2 + 4 * self.size], self.last_avail)
+            store16_relaxed(&self._used[2 + 4 * self.size], seen)
         else:
             store16_relaxed(&self._used[0], 0)
         fence()
-        return load16_acquire(&self._avail[1]) != self.last_avail
+        return self.available() != seen
 
     cdef void refuses_kicks(self) noexcept nogil:
         """Ask for silence; a driver with event index keeps it by itself while avail_event stays behind."""
@@ -267,7 +271,7 @@ cdef class VirtQueue:
 
     def enable_kicks(self):
         """Ask for notifications; returns whether a chain is available already."""
-        return self.wants_kicks() if self.ready() else False
+        return self.wants_kicks(self.last_avail) if self.ready() else False
 
     def disable_kicks(self):
         """Ask for no notifications."""

@@ -1,0 +1,594 @@
+# cython: language_level=3
+"""The card's data path: frames between one pair of virtqueues and a port, without the GIL and without Python objects.
+
+Transmit: pop chains from the transmit queue, write them to the port, straight from guest memory when the port takes the
+virtio-net header or needs none, hand the buffers back, decide about the interrupt once per burst. Receive: take frames from the
+port while the driver has buffers, filter, copy into one or more buffers, publish.
+
+`service()` does one bounded burst and may be called from anywhere. `run()` is the worker: it repeats bursts, polls briefly,
+then arms the notifications and sleeps until the driver kicks, the port has something, or someone calls `wake()`.
+"""
+
+import os
+
+from libc.errno cimport EAGAIN, EINTR, errno as c_errno
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memmove, memset
+from posix.uio cimport iovec, writev
+from posix.unistd cimport read, write
+
+from device._atomic cimport fence, load_int, relax, store_int
+from device._gate cimport Gate
+from device.dma._windows cimport DMA_READ, FAULT_NONE, DmaWindows
+from device.interrupts._lines cimport Lines
+from device.virtio._split cimport Chain, VirtQueue
+from firmware._checksum cimport complete_checksum
+from firmware._filter cimport ReceiveFilter
+
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int c_poll "poll"(pollfd *, unsigned long, int)
+    short POLLIN
+    short POLLOUT
+
+cdef extern from "<time.h>" nogil:
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    int clock_gettime(int, timespec *)
+    int CLOCK_MONOTONIC
+
+
+cdef enum:
+    HEADER = 12                     # struct virtio_net_hdr_v1
+    ETHERNET = 14
+    NEEDS_CSUM = 1                  # header flags
+    FRAMING_PACKETS = 0
+    FRAMING_STREAM = 1
+    FRAMING_LOOPBACK = 2
+    STREAM_PREFIX = 4
+
+
+MAX_FRAME = 65535 + 18              # the largest IP packet behind an Ethernet header with a VLAN tag
+BURST = 64                          # frames per direction and burst: bounds how long a register access waits
+STREAM_BUFFER = 1 << 18             # bytes kept of a stream in each direction: three frames of the largest size fit
+LOOPBACK_BUFFER = 1 << 22           # bytes that wait in a loopback before frames are dropped
+
+cdef enum:
+    C_MAX_FRAME = 65535 + 18
+    C_BURST = 64
+    C_STREAM_BUFFER = 1 << 18
+    C_LOOPBACK_BUFFER = 1 << 22
+
+assert MAX_FRAME == C_MAX_FRAME and BURST == C_BURST
+assert STREAM_BUFFER == C_STREAM_BUFFER and LOOPBACK_BUFFER == C_LOOPBACK_BUFFER
+
+
+cdef uint64_t _now() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return <uint64_t> t.tv_sec * 1000000000 + <uint64_t> t.tv_nsec
+
+
+cdef uint16_t _little16(const uint8_t *p) noexcept nogil:
+    return <uint16_t> (p[0] | p[1] << 8)
+
+
+cdef uint32_t _big32(const uint8_t *p) noexcept nogil:
+    return <uint32_t> p[0] << 24 | <uint32_t> p[1] << 16 | <uint32_t> p[2] << 8 | p[3]
+
+
+cdef class DataPath:
+    """One queue pair's data path; `rx` and `tx` are named from the driver's side."""
+
+    def __cinit__(self, *args, **kwargs):
+        self._wake_fd = self._event_fd = self._fd = -1
+        self._frame = <uint8_t *> calloc(1, HEADER + C_MAX_FRAME)
+        if self._frame == NULL:
+            raise MemoryError
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def __init__(self, Gate gate not None, DmaWindows dma not None, Lines lines not None,
+                 VirtQueue rx not None, VirtQueue tx not None, ReceiveFilter filter not None):
+        self.gate, self.dma, self.lines, self.rx, self.tx, self.filter = gate, dma, lines, rx, tx, filter
+        self.link_up = True
+
+    def __dealloc__(self):
+        if self._wake_fd >= 0:
+            os.close(self._wake_fd)
+        if self._event_fd >= 0:
+            os.close(self._event_fd)
+        free(self._frame)
+        free(self._in)
+        free(self._out)
+
+    # --- control side
+
+    def attach(self, int fd, int framing, int vnet_header_size):
+        """Use a port: its non-blocking `fd` (borrowed; -1 for none), its framing (0 packets, 1 stream, 2 loopback), its header size."""
+        if framing not in (FRAMING_PACKETS, FRAMING_STREAM, FRAMING_LOOPBACK):
+            raise ValueError(f"framing {framing}")
+        if vnet_header_size not in (0, HEADER):
+            raise ValueError(f"a port's virtio-net header has {HEADER} bytes or none, not {vnet_header_size}")
+        cdef uint32_t room = 0
+        if framing == FRAMING_STREAM:
+            room = C_STREAM_BUFFER
+        elif framing == FRAMING_LOOPBACK:
+            room = C_LOOPBACK_BUFFER
+        with self.gate:
+            free(self._in)
+            free(self._out)
+            self._in = self._out = NULL
+            self._in_room = room
+            if room:
+                self._in = <uint8_t *> calloc(1, room)
+                if self._in == NULL:
+                    raise MemoryError
+            if framing == FRAMING_STREAM:
+                self._out = <uint8_t *> calloc(1, room)
+                if self._out == NULL:
+                    raise MemoryError
+            self._in_head = self._in_tail = self._out_head = self._out_tail = 0
+            self._frame_length = 0
+            self._fd, self._framing, self._port_header = fd, framing, vnet_header_size
+            self.port_lost = self._event_sent = False
+        self.wake()
+
+    def detach(self):
+        """Let go of the port's fd; frames to it are dropped until another is attached."""
+        with self.gate:
+            self._fd = -1
+            self._frame_length = 0
+        self.wake()
+
+    def start(self, *, bint mergeable, bint checksum_to_driver):
+        """Begin to serve the queues with what the driver negotiated."""
+        with self.gate:
+            self.mergeable, self.checksum_to_driver = mergeable, checksum_to_driver
+            self._event_sent = False
+            self.running = True
+        self.wake()
+
+    def halt(self):
+        """Leave the queues alone from now on; a frame that waited for buffers is dropped."""
+        with self.gate:
+            self.running = False
+            self._frame_length = 0
+            if self._framing == FRAMING_LOOPBACK:
+                self._in_head = self._in_tail = 0
+
+    @property
+    def event_fd(self):
+        """Readable when the worker has something to say: a queue broke (see VirtQueue.fault) or the port was lost."""
+        return self._event_fd
+
+    def counters(self):
+        """Everything counted since the card was made, by name."""
+        return dict(self._n)
+
+    def kick(self):
+        """The driver's doorbell."""
+        fence()
+        self._n.kicks += 1
+        if load_int(&self._sleeping):
+            self.wake()
+
+    def wake(self):
+        """Make the worker look again, whatever it waits for."""
+        cdef uint64_t one = 1
+        write(self._wake_fd, &one, sizeof(one))
+
+    def stop(self):
+        """Make run() return."""
+        store_int(&self._stop, 1)
+        self.wake()
+
+    def service(self):
+        """One burst in each direction; returns whether there may be more to do."""
+        with self.gate:
+            more = self._service()
+            if not more:
+                more = self._arm()
+        return more
+
+    def run(self):
+        """Serve until stop() is called; releases the GIL for all of it."""
+        with nogil:
+            self._loop()
+        store_int(&self._stop, 0)
+
+    # --- the worker
+
+    cdef void _loop(self) noexcept nogil:
+        cdef bint more
+        cdef uint64_t deadline
+        while not load_int(&self._stop):
+            self.gate.acquire()
+            more = self._service()
+            self.gate.release()
+            if more:
+                continue
+            if self.poll_ns:
+                deadline = _now() + self.poll_ns
+                while not more and not load_int(&self._stop) and _now() < deadline:
+                    relax()
+                    self.gate.acquire()
+                    more = self._service()
+                    self.gate.release()
+                if more:
+                    continue
+            store_int(&self._sleeping, 1)
+            self.gate.acquire()
+            more = self._arm()
+            self.gate.release()
+            if not more:
+                self._wait()
+            store_int(&self._sleeping, 0)
+
+    cdef void _wait(self) noexcept nogil:
+        """Sleep until a kick, a wake-up or the port."""
+        cdef pollfd fds[2]
+        cdef uint64_t drained
+        self._n.sleeps += 1
+        fds[0].fd = self._wake_fd
+        fds[0].events = POLLIN
+        fds[0].revents = 0
+        fds[1].fd = self._fd if self.running and not self.port_lost else -1
+        fds[1].events = (0 if self._rx_starved else POLLIN) | (POLLOUT if self._tx_blocked or self._out_tail > self._out_head else 0)
+        fds[1].revents = 0
+        if fds[1].events == 0:
+            fds[1].fd = -1              # POLLHUP alone would make this a busy loop
+        c_poll(fds, 2, -1)
+        if fds[0].revents:
+            read(self._wake_fd, &drained, sizeof(drained))
+
+    cdef bint _service(self) noexcept nogil:
+        """One burst each way; True when work is left that needs no waiting."""
+        cdef bint more = False
+        if not self.running:
+            return False
+        if self.tx.ready():
+            more = self._transmit()
+        if self.rx.ready():
+            more = self._receive() or more
+        if (self.tx._fault or self.rx._fault or self.port_lost) and not self._event_sent:
+            self._report()
+        return more
+
+    cdef bint _arm(self) noexcept nogil:
+        """Ask the driver for kicks where they can help; True when there is work already."""
+        cdef bint more = False
+        if not self.running:
+            return False
+        if self.tx.ready() and not self._tx_blocked:
+            more = self.tx.wants_kicks(self.tx.last_avail)
+        if self._rx_starved and self.rx.ready():
+            more = self.rx.wants_kicks(self._rx_seen) or more
+        return more
+
+    cdef void _report(self) noexcept nogil:
+        cdef uint64_t one = 1
+        self._event_sent = True
+        write(self._event_fd, &one, sizeof(one))
+
+    cdef void _complete(self, VirtQueue queue) noexcept nogil:
+        """Publish a burst and interrupt if the driver wants it."""
+        queue.publish()
+        if queue.wants_interrupt():
+            self._n.interrupts += 1
+            self.lines.notify(1, queue.vector)
+
+    # --- transmit
+
+    cdef bint _transmit(self) noexcept nogil:
+        cdef int sent, done = 0
+        cdef int got = 1
+        self._tx_blocked = False
+        self.tx.refuses_kicks()
+        if self._out_tail > self._out_head and self._flush() == 0:
+            self._tx_blocked = self._out_tail > self._out_head and C_STREAM_BUFFER - self._out_tail < STREAM_PREFIX + C_MAX_FRAME
+        while done < C_BURST and not self._tx_blocked:
+            got = self.tx.pop_chain(&self._chain)
+            if got <= 0:
+                break
+            sent = self._send()
+            if self.tx._fault:
+                break
+            if sent == 0:
+                self.tx.unpop_chains(1)
+                self._tx_blocked = True
+                break
+            if sent < 0:
+                self._n.tx_dropped += 1
+            self.tx.push_used(self._chain.head, 0)
+            done += 1
+        if self._out_tail > self._out_head:
+            self._flush()
+        if done:
+            self._complete(self.tx)
+        return done == C_BURST
+
+    cdef int _send(self) noexcept nogil:
+        """Send the popped chain: 1 sent, 0 the port is full, -1 dropped."""
+        cdef Chain *c = &self._chain
+        cdef uint8_t header[HEADER]
+        cdef uint64_t length, skipped
+        cdef int i, count
+        cdef ssize_t wrote
+        if c.readable_bytes < HEADER + ETHERNET or c.readable_bytes > HEADER + C_MAX_FRAME or not self.link_up or self.port_lost:
+            return -1
+        length = c.readable_bytes - HEADER
+        if self._framing != FRAMING_PACKETS:
+            return self._send_copy()
+        if self._fd < 0:
+            return -1
+        count = self.tx.vectors_of(c, 0, c.readable, DMA_READ, self._pieces, PIECES)
+        if count < 0:
+            return -1
+        i = 0
+        if self._port_header == 0:
+            skipped = 0
+            while skipped < HEADER:
+                wrote = min(<uint64_t> (HEADER - skipped), self._pieces[i].iov_len)
+                memcpy(header + skipped, self._pieces[i].iov_base, wrote)
+                self._pieces[i].iov_base = <uint8_t *> self._pieces[i].iov_base + wrote
+                self._pieces[i].iov_len -= wrote
+                skipped += wrote
+                if self._pieces[i].iov_len == 0:
+                    i += 1
+            if header[1] != 0:
+                return -1               # segmentation was not offered to this driver
+            if header[0] & NEEDS_CSUM:
+                return self._send_copy()
+        while True:
+            wrote = writev(self._fd, &self._pieces[i], count - i)
+            if wrote >= 0:
+                break
+            if c_errno == EINTR:
+                continue
+            return 0 if c_errno == EAGAIN else -1
+        self._n.tx_frames += 1
+        self._n.tx_bytes += length
+        return 1
+
+    cdef int _send_copy(self) noexcept nogil:
+        """Send through memory of our own: streams, the loopback, and checksums that the port cannot leave to the network."""
+        cdef Chain *c = &self._chain
+        cdef uint32_t total = <uint32_t> c.readable_bytes, length = total - HEADER, done = 0
+        cdef uint8_t *target
+        cdef uint8_t header[HEADER]
+        cdef uint8_t copy[HEADER + C_MAX_FRAME]
+        cdef ssize_t wrote
+        cdef int i
+        for i in range(c.readable):
+            if self.dma.copy_in(copy + done, c.segment[i].address, c.segment[i].length) != FAULT_NONE:
+                self.tx._fault = 8
+                return -1
+            done += c.segment[i].length
+        memcpy(header, copy, HEADER)
+        if header[1] != 0:
+            return -1
+        if header[0] & NEEDS_CSUM and not (self._framing == FRAMING_LOOPBACK and self.checksum_to_driver):
+            if not complete_checksum(copy + HEADER, length, _little16(header + 6), _little16(header + 8)):
+                return -1
+            header[0] &= ~NEEDS_CSUM
+        if self._framing == FRAMING_PACKETS:
+            wrote = write(self._fd, copy + HEADER, length)
+            if wrote < 0:
+                return 0 if c_errno == EAGAIN else -1
+        elif self._framing == FRAMING_STREAM:
+            if self._fd < 0:
+                return -1
+            if C_STREAM_BUFFER - self._out_tail < STREAM_PREFIX + length:
+                if self._out_head:
+                    memmove(self._out, self._out + self._out_head, self._out_tail - self._out_head)
+                    self._out_tail -= self._out_head
+                    self._out_head = 0
+                if C_STREAM_BUFFER - self._out_tail < STREAM_PREFIX + length:
+                    return 0
+            target = self._out + self._out_tail
+            target[0], target[1], target[2], target[3] = length >> 24 & 255, length >> 16 & 255, length >> 8 & 255, length & 255
+            memcpy(target + STREAM_PREFIX, copy + HEADER, length)
+            self._out_tail += STREAM_PREFIX + length
+        else:
+            if self._in_head == self._in_tail:
+                self._in_head = self._in_tail = 0
+            if self._in_room - self._in_tail < STREAM_PREFIX + total:
+                memmove(self._in, self._in + self._in_head, self._in_tail - self._in_head)
+                self._in_tail -= self._in_head
+                self._in_head = 0
+            if self._in_room - self._in_tail < STREAM_PREFIX + total:
+                return -1
+            memcpy(self._in + self._in_tail, &total, STREAM_PREFIX)
+            memcpy(self._in + self._in_tail + STREAM_PREFIX, header, HEADER)
+            memcpy(self._in + self._in_tail + STREAM_PREFIX + HEADER, copy + HEADER, length)
+            self._in_tail += STREAM_PREFIX + total
+        self._n.tx_frames += 1
+        self._n.tx_bytes += length
+        return 1
+
+    cdef int _flush(self) noexcept nogil:
+        """Write what waits for the stream's peer: 0, or -1 when the peer is gone."""
+        cdef ssize_t wrote
+        while self._out_head < self._out_tail:
+            if self._fd < 0:
+                break
+            wrote = write(self._fd, self._out + self._out_head, self._out_tail - self._out_head)
+            if wrote < 0:
+                if c_errno == EINTR:
+                    continue
+                if c_errno == EAGAIN:
+                    return 0
+                self.port_lost = True
+                break
+            self._out_head += wrote
+        self._out_head = self._out_tail = 0
+        return -1 if self.port_lost else 0
+
+    # --- receive
+
+    cdef bint _receive(self) noexcept nogil:
+        cdef int done = 0, published = 0, got
+        self._rx_starved = False
+        while done < C_BURST:
+            self._rx_seen = self.rx.available()
+            if self._frame_length == 0:
+                if self._rx_seen == self.rx.last_avail:
+                    self._rx_starved = True
+                    break
+                got = self._fetch()
+                if got <= 0:
+                    break
+            done += 1
+            if not self.link_up:
+                self._n.rx_dropped += 1
+                self._frame_length = 0
+                continue
+            if not self.filter.accepts(self._frame + HEADER):
+                self._n.rx_filtered += 1
+                self._frame_length = 0
+                continue
+            got = self._deliver()
+            if got == 0:
+                self._rx_starved = True
+                break
+            if got < 0:
+                if self.rx._fault:
+                    break
+                self._n.rx_dropped += 1
+            else:
+                self._n.rx_frames += 1
+                self._n.rx_bytes += self._frame_length - HEADER
+                published += 1
+            self._frame_length = 0
+        if published:
+            self._complete(self.rx)
+        return done == C_BURST
+
+    cdef int _fetch(self) noexcept nogil:
+        """Take one frame from the port into `_frame`: 1, 0 there is none, -1 the port is lost."""
+        cdef ssize_t got
+        cdef uint32_t total
+        if self._framing == FRAMING_LOOPBACK:
+            if self._in_head == self._in_tail:
+                return 0
+            memcpy(&total, self._in + self._in_head, STREAM_PREFIX)
+            memcpy(self._frame, self._in + self._in_head + STREAM_PREFIX, total)
+            self._in_head += STREAM_PREFIX + total
+            self._frame_length = total
+            return 1
+        if self._fd < 0 or self.port_lost:
+            return 0
+        if self._framing == FRAMING_STREAM:
+            return self._fetch_stream()
+        while True:
+            got = read(self._fd, self._frame + HEADER - self._port_header, C_MAX_FRAME + self._port_header)
+            if got >= 0 or c_errno != EINTR:
+                break
+        if got < 0:
+            if c_errno != EAGAIN:
+                self.port_lost = True
+                return -1
+            return 0
+        if got == 0:
+            self.port_lost = True
+            return -1
+        if got < self._port_header + ETHERNET:
+            self._n.rx_dropped += 1
+            return 0
+        if self._port_header == 0:
+            memset(self._frame, 0, HEADER)
+        self._frame_length = <uint32_t> got + HEADER - self._port_header
+        return 1
+
+    cdef int _fetch_stream(self) noexcept nogil:
+        cdef uint32_t have, length
+        cdef ssize_t got
+        while True:
+            have = self._in_tail - self._in_head
+            if have >= STREAM_PREFIX:
+                length = _big32(self._in + self._in_head)
+                if length > C_MAX_FRAME:
+                    self.port_lost = True       # there is no way back to a frame's beginning
+                    return -1
+                if have >= STREAM_PREFIX + length:
+                    self._in_head += STREAM_PREFIX + length
+                    if length < ETHERNET:
+                        self._n.rx_dropped += 1
+                        continue
+                    memset(self._frame, 0, HEADER)
+                    memcpy(self._frame + HEADER, self._in + self._in_head - length, length)
+                    self._frame_length = HEADER + length
+                    return 1
+            if self._in_room - self._in_tail < STREAM_PREFIX + C_MAX_FRAME:
+                memmove(self._in, self._in + self._in_head, have)
+                self._in_head, self._in_tail = 0, have
+            got = read(self._fd, self._in + self._in_tail, self._in_room - self._in_tail)
+            if got < 0:
+                if c_errno == EINTR:
+                    continue
+                if c_errno == EAGAIN:
+                    return 0
+            if got <= 0:
+                self.port_lost = True
+                return -1
+            self._in_tail += <uint32_t> got
+
+    cdef int _deliver(self) noexcept nogil:
+        """Put `_frame` into receive buffers: 1 delivered, 0 too few buffers (none taken), -1 dropped."""
+        cdef Chain *c = &self._chain
+        cdef uint32_t total = self._frame_length, done = 0, room, part
+        cdef uint64_t count_at[2]       # guest addresses of the two bytes of num_buffers
+        cdef uint32_t offset
+        cdef uint8_t byte
+        cdef int got, i, used = 0
+        if not self.checksum_to_driver:
+            if self._frame[0] & NEEDS_CSUM and not complete_checksum(
+                    self._frame + HEADER, total - HEADER, _little16(self._frame + 6), _little16(self._frame + 8)):
+                return -1
+            memset(self._frame, 0, 1)
+        self._frame[10] = self._frame[11] = 0
+        while done < total:
+            got = self.rx.pop_chain(c) if used < MAX_MERGE else -1
+            if got <= 0:
+                if got == 0 or self.rx._fault == 0:
+                    self.rx.unpop_chains(used)
+                return got
+            if used == 0 and c.writable_bytes < HEADER:
+                self.rx.unpop_chains(1)
+                self.rx._fault = 8
+                return -1
+            room = <uint32_t> min(c.writable_bytes, <uint64_t> (total - done))
+            if room < total - done and not self.mergeable:
+                self.rx.unpop_chains(1)
+                return -1
+            offset = 0
+            for i in range(c.readable, c.segments):
+                part = min(c.segment[i].length, room - offset)
+                if part == 0:
+                    break
+                if self.dma.copy_out(c.segment[i].address, self._frame + done + offset, part) != FAULT_NONE:
+                    self.rx._fault = 8
+                    return -1
+                if used == 0:
+                    if offset <= 10 < offset + part:
+                        count_at[0] = c.segment[i].address + 10 - offset
+                    if offset <= 11 < offset + part:
+                        count_at[1] = c.segment[i].address + 11 - offset
+                offset += part
+            self._heads[used] = c.head
+            self._lengths[used] = room
+            used += 1
+            done += room
+        for i in range(2):
+            byte = <uint8_t> (used >> (8 * i))
+            self.dma.copy_out(count_at[i], &byte, 1)
+        for i in range(used):
+            self.rx.push_used(self._heads[i], self._lengths[i])
+        return 1

@@ -1,0 +1,16 @@
+from collections.abc import Iterable
+
+MAC_TABLE_SIZE: int
+
+class ReceiveFilter:
+    promiscuous: bool
+    all_multicast: bool
+    all_unicast: bool
+    no_multicast: bool
+    no_unicast: bool
+    no_broadcast: bool
+    def __init__(self, mac: bytes) -> None: ...
+    def reset(self, mac: bytes) -> None: ...
+    def set_mac(self, mac: bytes) -> None: ...
+    def set_tables(self, unicast: Iterable[bytes], multicast: Iterable[bytes]) -> None: ...
+    def accept(self, frame: bytes) -> bool: ...

@@ -1,0 +1,88 @@
+"""The control queue: what a driver may ask of a network card (virtio 1.3, 5.1.6.5)."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable
+
+from device.errors import DeviceError
+from device.virtio._split import DescriptorChain, VirtQueue
+from device.virtio.net import Ack, ControlClass, MacCommand, RxCommand
+from firmware._filter import ReceiveFilter
+
+log = logging.getLogger("trionic.control")
+
+# A command with two full MAC tables of a thousand entries is 12 KiB; nothing legitimate is longer.
+MAX_COMMAND = 16 << 10
+
+_RX_MODES = {
+    RxCommand.PROMISC: "promiscuous",
+    RxCommand.ALLMULTI: "all_multicast",
+    RxCommand.ALLUNI: "all_unicast",
+    RxCommand.NOMULTI: "no_multicast",
+    RxCommand.NOUNI: "no_unicast",
+    RxCommand.NOBCAST: "no_broadcast",
+}
+
+
+class Refused(Exception):
+    """The command is answered with VIRTIO_NET_ERR; the text is for the log."""
+
+
+class ControlQueue:
+    """Executes commands on `filter`; `set_mac` is told of a new address of the card's own."""
+
+    def __init__(self, queue: VirtQueue, filter: ReceiveFilter, set_mac: Callable[[bytes], None]) -> None:
+        self.queue = queue
+        self._filter = filter
+        self._set_mac = set_mac
+
+    def service(self) -> bool:
+        """Execute what is available; returns whether the driver wants an interrupt.
+
+        The caller holds the gate. A broken queue raises DeviceError(EIO); a chain without room for the answer raises DeviceError(EINVAL).
+        """
+        interrupt = False
+        while True:
+            while (chain := self.queue.pop()) is not None:
+                interrupt = self._execute(chain) or interrupt
+            if not self.queue.enable_kicks():
+                return interrupt
+
+    def _execute(self, chain: DescriptorChain) -> bool:
+        try:
+            if sum(length for _, length in chain.readable) > MAX_COMMAND:
+                raise Refused(f"a command of more than {MAX_COMMAND} bytes")
+            self._command(chain.read())
+            ack = Ack.OK
+        except Refused as refusal:
+            log.warning("control command refused: %s", refusal)
+            ack = Ack.ERR
+        if chain.write(bytes([ack])) != 1:
+            raise DeviceError(errno.EINVAL, "a control command without a byte for the answer")
+        return self.queue.push(chain, 1)
+
+    def _command(self, request: bytes) -> None:
+        match tuple(request[:2]):
+            case (ControlClass.RX, mode) if mode in _RX_MODES and len(request) == 3:
+                setattr(self._filter, _RX_MODES[RxCommand(mode)], request[2] != 0)
+            case (ControlClass.MAC, MacCommand.ADDR_SET) if len(request) == 8:
+                self._set_mac(request[2:])
+            case (ControlClass.MAC, MacCommand.TABLE_SET):
+                unicast, rest = _table(request[2:])
+                multicast, rest = _table(rest)
+                self._filter.set_tables(unicast, multicast)
+            case _:
+                raise Refused(f"class and command {request[:2].hex(' ')}, {len(request)} bytes")
+
+
+def _table(data: bytes) -> tuple[list[bytes], bytes]:
+    """One struct virtio_net_ctrl_mac and what follows it."""
+    if len(data) < 4:
+        raise Refused("a MAC table without its length")
+    entries = int.from_bytes(data[:4], "little")
+    end = 4 + 6 * entries
+    if end > len(data):
+        raise Refused(f"a MAC table of {entries} entries in {len(data)} bytes")
+    return [data[at : at + 6] for at in range(4, end, 6)], data[end:]

@@ -1,0 +1,228 @@
+"""The network card's program: negotiates with the driver, runs the data path, keeps the link in step with the port."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import trio
+
+from device.card import DEFAULT_BAR2_SIZE, DEFAULT_QUEUE_SIZE, NetworkCard
+from device.errors import DeviceError
+from device.function import PciFunction
+from device.virtio.features import Feature
+from device.virtio.net import CONTROL_QUEUE, MAX_MTU, MIN_MTU, RX_QUEUE, TX_QUEUE, LinkStatus, NetConfig
+from device.virtio.transport import Isr
+from firmware._datapath import DataPath
+from firmware._filter import ReceiveFilter
+from firmware.control import ControlQueue
+from firmware.ports import Framing, Offload, Port
+
+log = logging.getLogger("trionic.nic")
+
+# What the card offers whatever its port can do.
+BASE_FEATURES = (
+    Feature.VERSION_1
+    | Feature.ACCESS_PLATFORM
+    | Feature.ORDER_PLATFORM
+    | Feature.RING_INDIRECT_DESC
+    | Feature.RING_EVENT_IDX
+    | Feature.NET_MAC
+    | Feature.NET_STATUS
+    | Feature.NET_MTU
+    | Feature.NET_MRG_RXBUF
+    | Feature.NET_CTRL_VQ
+    | Feature.NET_CTRL_RX
+    | Feature.NET_CTRL_RX_EXTRA
+    | Feature.NET_CTRL_MAC_ADDR
+    | Feature.NET_CSUM          # completed by the data path where the port cannot
+    | Feature.NET_GUEST_CSUM
+)
+
+# What a port adds: segmentation that it takes from the driver and may give to it.
+PORT_FEATURES: tuple[tuple[Offload, Feature, Feature], ...] = (
+    (Offload.CSUM, Feature.NET_CSUM, Feature.NET_GUEST_CSUM),
+    (Offload.TSO4, Feature.NET_HOST_TSO4, Feature.NET_GUEST_TSO4),
+    (Offload.TSO6, Feature.NET_HOST_TSO6, Feature.NET_GUEST_TSO6),
+    (Offload.ECN, Feature.NET_HOST_ECN, Feature.NET_GUEST_ECN),
+)
+
+_FRAMINGS = {Framing.PACKETS: 0, Framing.STREAM: 1, Framing.LOOPBACK: 2}
+
+
+def random_mac() -> bytes:
+    """A locally administered unicast address."""
+    octets = bytearray(os.urandom(6))
+    octets[0] = octets[0] & 0xFC | 0x02
+    return bytes(octets)
+
+
+class Nic:
+    """A card on `port`.
+
+    `mac` is 6 octets (None: random), `mtu` in bytes (None: the port's, or 1500), `busy_poll_us` how long the worker looks for
+    more work before it sleeps. Raises ValueError for a MAC or an MTU that no interface can have.
+    """
+
+    def __init__(
+        self,
+        port: Port,
+        *,
+        name: str = "nic0",
+        mac: bytes | None = None,
+        mtu: int | None = None,
+        bar2_size: int = DEFAULT_BAR2_SIZE,
+        queue_size: int = DEFAULT_QUEUE_SIZE,
+        busy_poll_us: int = 0,
+        offloads: bool = True,
+    ) -> None:
+        mac = random_mac() if mac is None else mac
+        mtu = (port.mtu or 1500) if mtu is None else mtu
+        if len(mac) != 6 or mac[0] & 1 or not any(mac):
+            raise ValueError(f"{mac.hex(':')} is not the address of an interface: 6 octets, unicast, not zero")
+        if not MIN_MTU <= mtu <= MAX_MTU:
+            raise ValueError(f"an MTU is {MIN_MTU} to {MAX_MTU} bytes, not {mtu}")
+        self.name = name
+        self.port = port
+        self._permanent_mac = mac
+        self._features = BASE_FEATURES
+        if offloads:
+            for offload, host, guest in PORT_FEATURES:
+                if port.offloads & offload:
+                    self._features |= host | guest
+        else:
+            self._features &= ~(Feature.NET_CSUM | Feature.NET_GUEST_CSUM)
+        self.config = NetConfig(mac, mtu=mtu)
+        self.filter = ReceiveFilter(mac)
+        self.card = NetworkCard(self, name=name, bar2_size=bar2_size, queue_size=queue_size)
+        self.function: PciFunction = self.card.function
+        queues = self.card.queues
+        self.control = ControlQueue(queues[CONTROL_QUEUE], self.filter, self._set_mac)
+        self.datapath = DataPath(
+            self.function.gate,
+            self.function.dma,
+            self.function.interrupts.lines,
+            queues[RX_QUEUE],
+            queues[TX_QUEUE],
+            self.filter,
+        )
+        self.datapath.poll_ns = 1000 * busy_poll_us
+        port.on_change = self._port_changed
+        self._port_changed()
+
+    # --- the model behind the virtio transport
+
+    def offered_features(self) -> Feature:
+        """See Model."""
+        return self._features
+
+    def read_config(self, offset: int, count: int) -> bytes:
+        """See Model."""
+        return self.config.encode()[offset : offset + count].ljust(count, b"\0")
+
+    def driver_ready(self, features: Feature) -> None:
+        """See Model."""
+        accepted = Offload(0)
+        for offload, _, guest in PORT_FEATURES:
+            if features & guest:
+                accepted |= offload
+        self.port.set_offloads(accepted)
+        self.datapath.start(
+            mergeable=bool(features & Feature.NET_MRG_RXBUF),
+            checksum_to_driver=bool(features & Feature.NET_GUEST_CSUM),
+        )
+        self.notified(CONTROL_QUEUE)
+        log.info("%s: driver ready, features %#x", self.name, int(features))
+
+    def driver_gone(self) -> None:
+        """See Model."""
+        if self.datapath.running:
+            self.datapath.halt()
+            self.port.set_offloads(Offload(0))
+            log.info("%s: driver gone", self.name)
+        self.config.mac = self._permanent_mac
+        self.filter.reset(self._permanent_mac)
+
+    def notified(self, queue: int) -> None:
+        """See Model."""
+        if queue != CONTROL_QUEUE:
+            self.datapath.kick()
+            return
+        with self.function.gate:
+            if not self.datapath.running:
+                return
+            try:
+                if self.control.service():
+                    self.function.interrupts.lines.signal(Isr.QUEUE, self.control.queue.vector)
+            except DeviceError as error:
+                log.warning("%s: control queue: %s", self.name, error)
+                self.card.transport.needs_reset()
+
+    def _set_mac(self, mac: bytes) -> None:
+        self.config.mac = mac
+        self.filter.set_mac(mac)
+
+    # --- port and link
+
+    def _port_changed(self) -> None:
+        """The port's link or file descriptor is another one now."""
+        self.datapath.attach(self.port.fd, _FRAMINGS[self.port.framing], self.port.vnet_header_size)
+        self.set_link(self.port.link_up)
+
+    def set_link(self, up: bool) -> None:
+        """Plug or pull the cable: the driver sees it, and no frame passes while it is out."""
+        status = self.config.status | LinkStatus.LINK_UP if up else self.config.status & ~LinkStatus.LINK_UP
+        with self.function.gate:
+            self.datapath.link_up = up
+            if status != self.config.status:
+                self.config.status = status
+                self.card.transport.config_changed()
+                log.info("%s: link %s", self.name, "up" if up else "down")
+
+    # --- life
+
+    async def run(self) -> None:
+        """Serve until cancelled: the worker thread, its reports, and the port's own background work."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._work)
+            nursery.start_soon(self._listen)
+            nursery.start_soon(self.port.run)
+
+    async def _work(self) -> None:
+        done = trio.Event()
+
+        async def worker() -> None:
+            await trio.to_thread.run_sync(self.datapath.run, limiter=trio.CapacityLimiter(1))
+            done.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(worker)
+            try:
+                await done.wait()
+            finally:
+                self.datapath.stop()
+
+    async def _listen(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self.datapath.event_fd)
+            os.eventfd_read(self.datapath.event_fd)
+            self._look_after()
+
+    def _look_after(self) -> None:
+        """Act on what the worker reported."""
+        with self.function.gate:
+            for queue in self.card.queues:
+                if queue.fault:
+                    log.warning("%s: queue %d is broken: %s", self.name, queue.index, queue.fault)
+                    self.card.transport.needs_reset()
+        if self.datapath.port_lost:
+            log.warning("%s: port %s lost its peer", self.name, self.port.spec)
+            self.datapath.detach()
+            self.port.peer_lost()
+
+    def close(self) -> None:
+        """Let go of the port and the function; run() must have ended."""
+        self.datapath.halt()
+        self.datapath.detach()
+        self.port.close()
+        self.function.close()
