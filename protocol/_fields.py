@@ -18,6 +18,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import IntFlag
+from operator import attrgetter
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -68,13 +69,13 @@ class Record:
     """Bytes on the wire."""
     layout: ClassVar[tuple[Field, ...]]
     _struct: ClassVar[struct.Struct]
-    _values: ClassVar[Callable[[Any], tuple[int, ...]]]
+    _values: ClassVar[Any]
     _convert: ClassVar[tuple[tuple[int, type[IntFlag]], ...]]
 
     def encode(self) -> bytes:
         """The record's bytes; raises ValueError if a value does not fit its field."""
         try:
-            return self._struct.pack(*[getattr(self, field.name) for field in self.layout])
+            return self._struct.pack(*self._values(self))
         except struct.error as error:
             raise ValueError(f"{self!r} does not fit its fields: {error}") from None
 
@@ -114,8 +115,8 @@ R = TypeVar("R", bound=Record)
 
 @dataclass_transform(frozen_default=True)
 def record(*, size: int) -> Callable[[type[R]], type[R]]:
-    """Make a declared class a frozen, slotted dataclass with its wire layout; raises TypeError if the size
-    is not `size`.
+    """Make a declared class a frozen, slotted dataclass with its wire layout; raises TypeError if the
+    fields do not add up to `size`.
     """
 
     def declare(cls: type[R]) -> type[R]:
@@ -132,7 +133,10 @@ def record(*, size: int) -> Callable[[type[R]], type[R]]:
         made._struct = struct.Struct(codes)
         made.size = made._struct.size
         made.layout = tuple(layout)
+        made._values = attrgetter(*(field.name for field in layout))
         made._convert = tuple((at, field.flags) for at, field in enumerate(layout) if field.flags is not None)
+        if len(layout) < 2:
+            raise TypeError(f"{cls.__name__} has fewer than two fields: give the number itself instead")
         if made.size != size:
             raise TypeError(f"{cls.__name__} is {made.size} bytes, declared as {size}")
         return made

@@ -5,7 +5,7 @@ A command that is not implemented yet has its row and no shape; both engines ref
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Final
 
@@ -73,6 +73,11 @@ class Part:
     record: type[Record] | None = None
     tail: Tail = Tail.NOTHING
     fds: bool = False
+    size: int = field(init=False)
+    """Bytes of the record."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", self.record.size if self.record else 0)
 
 
 EMPTY: Final = Part()

@@ -31,7 +31,7 @@ from protocol.limits import HEADER_SIZE, MAX_ERRNO, MAX_INFO_SIZE, MAX_OUTSTANDI
 from protocol.messages import TYPE_MASK, HeaderFlags, RegionAccess, Version
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer  # type: ignore[attr-defined]
+    from _typeshed import ReadableBuffer
 
 PROTOCOL_MAJOR: Final = 0
 PROTOCOL_MINOR: Final = 2
@@ -39,7 +39,10 @@ PROTOCOL_MINOR: Final = 2
 libvfio-user's since 2023).
 """
 
+_Header = tuple[int, ...]
+_Fds = tuple[int, ...]
 _HEADER = struct.Struct("=HHIII")
+_NO_HEADER: Final = (0, 0, 0, TYPE_MASK, 0)
 _REPLY: Final = int(HeaderFlags.REPLY)
 _NO_REPLY: Final = int(HeaderFlags.NO_REPLY)
 _ERROR: Final = int(HeaderFlags.ERROR)
@@ -63,9 +66,8 @@ class Connection:
         self._pending: dict[tuple[int, int], Record | None] = {}
         self._posted: set[int] = set()
         self._next_id = 0
-        self._max_ready_size = HEADER_SIZE + max(
-            RegionAccess.size + self.limits.max_data_xfer_size, MAX_INFO_SIZE
-        )
+        bulk = RegionAccess.size + self.limits.max_data_xfer_size
+        self._max_ready_size = HEADER_SIZE + max(bulk, MAX_INFO_SIZE)
 
     @property
     def ready(self) -> bool:
@@ -90,15 +92,15 @@ class Connection:
     @property
     def max_message_size(self) -> int:
         """Bytes of the longest message that is read now; it grows once VERSION is agreed on."""
-        return (
-            self._max_ready_size
-            if self._state is State.READY
-            else HEADER_SIZE + Version.size + MAX_VERSION_DATA
-        )
+        if self._state is State.READY:
+            return self._max_ready_size
+        return HEADER_SIZE + Version.size + MAX_VERSION_DATA
 
     # receiving
 
-    def receive(self, data: Buffer, fds: Sequence[int] = (), *, fds_lost: bool = False) -> list[Event]:
+    def receive(
+        self, data: ReadableBuffer, fds: Sequence[int] = (), *, fds_lost: bool = False
+    ) -> list[Event]:
         """Take what one recvmsg gave and report what it completes.
 
         `data` is copied where it is kept. `fds_lost` says that the kernel dropped descriptors (MSG_CTRUNC):
@@ -110,8 +112,7 @@ class Connection:
         if self._partial:
             self._partial += data
             if len(self._partial) < self._wanted:
-                self._keep_fds(tuple(fds), fds_lost)
-                return []
+                return self._keep_fds(tuple(fds), fds_lost)
             data = bytes(self._partial)
             self._partial.clear()
         events: list[Event] = []
@@ -129,11 +130,16 @@ class Connection:
         self._pending.clear()
         return fds
 
-    def _keep_fds(self, fds: tuple[int, ...], lost: bool) -> None:
+    def _keep_fds(self, fds: _Fds, lost: bool) -> list[Event]:
+        """Descriptors of a half received message; more than it may have are fatal, lest they pile up."""
         self._partial_fds += fds
         self._excess_fds |= lost
+        if len(self._partial_fds) <= self.limits.max_msg_fds:
+            return []
+        reason = f"more than {self.limits.max_msg_fds} descriptors in one message"
+        return [self._break(EINVAL, reason, _NO_HEADER, ())]
 
-    def _split(self, view: memoryview, fds: tuple[int, ...], lost: bool, events: list[Event]) -> None:
+    def _split(self, view: memoryview, fds: _Fds, lost: bool, events: list[Event]) -> None:
         """Cut the view into messages; `self._partial_fds` belong to the first, `fds` to the last that
         begins here.
         """
@@ -152,13 +158,16 @@ class Connection:
                 self._wanted = size
                 break
             first, excess = self._partial_fds, self._excess_fds
-            self._partial_fds, self._excess_fds = (), False
+            if first:
+                self._partial_fds = ()
+            self._excess_fds = False
             if at + size == end:
                 first, fds = first + fds, ()
                 excess, lost = excess or lost, False
             if len(first) > self.limits.max_msg_fds:
                 excess = True
-            with view[at + HEADER_SIZE : at + size] as payload:
+            at += HEADER_SIZE
+            with view[at : at + size - HEADER_SIZE] as payload:
                 if kind:
                     event = self._receive_reply(header, payload, first, excess)
                 else:
@@ -168,60 +177,44 @@ class Connection:
             events.append(event)
             if self._state is State.BROKEN:
                 return
-            at += size
+            at += size - HEADER_SIZE
         else:
             self._wanted = HEADER_SIZE
         if at < end:
             self._partial += view[at:end]
-            self._keep_fds(fds, lost)
+            events += self._keep_fds(fds, lost)
 
-    def _receive_command(
-        self, header: tuple[int, ...], payload: memoryview, fds: tuple[int, ...], excess: bool
-    ) -> Event:
+    def _receive_command(self, header: _Header, payload: memoryview, fds: _Fds, excess: bool) -> Event:
         message_id, number, _, flags, _ = header
         if self._state is not State.READY:
             return self._receive_version(header, payload, fds)
         no_reply = bool(flags & _NO_REPLY)
         shape = SHAPES.get(number)
+        errno, reason = EINVAL, None
         if excess:
-            what = f"{command_name(number)} with more than {self.limits.max_msg_fds} descriptors"
-            return Refused(number, message_id, no_reply, EINVAL, what, fds)
-        if shape is None or shape.sender is self.role:
-            return Refused(
-                number,
-                message_id,
-                no_reply,
-                EINVAL,
-                f"{command_name(number)} is not a request to a {self.role.value}",
-                fds,
-            )
-        if shape.request is None:
-            return Refused(
-                number, message_id, no_reply, EOPNOTSUPP, f"{shape.command.name} is not implemented", fds
-            )
-        if number == Command.VERSION:
-            return Refused(number, message_id, no_reply, EINVAL, "a second VERSION", fds)
-        if flags & _ERROR:
-            return Refused(
-                number,
-                message_id,
-                no_reply,
-                EINVAL,
-                f"{shape.command.name} with the error flag of a reply",
-                fds,
-            )
-        decoded = _decode(shape, shape.request, payload)
-        if isinstance(decoded, str):
-            return Refused(number, message_id, no_reply, EINVAL, decoded, fds)
-        body, data = decoded
-        check = REQUEST_CHECKS.get(number)
-        if check is not None:
-            reason = check(body, data, len(fds), self.limits)
-            if reason is not None:
-                return Refused(number, message_id, no_reply, EINVAL, reason, fds)
-        return Request(shape.command, message_id, no_reply, body, data, fds)
+            reason = f"{command_name(number)} with more than {self.limits.max_msg_fds} descriptors"
+        elif shape is None or shape.sender is self.role:
+            reason = f"{command_name(number)} is not a request to a {self.role.value}"
+        elif shape.request is None:
+            errno, reason = EOPNOTSUPP, f"{shape.command.name} is not implemented"
+        elif number == Command.VERSION:
+            reason = "a second VERSION"
+        elif flags & _ERROR:
+            reason = f"{shape.command.name} with the error flag of a reply"
+        else:
+            decoded = _decode(shape, shape.request, payload)
+            if isinstance(decoded, str):
+                reason = decoded
+            else:
+                body, data = decoded
+                check = REQUEST_CHECKS.get(number)
+                if check is not None:
+                    reason = check(body, len(data), len(fds), self.limits.max_data_xfer_size)
+                if reason is None:
+                    return Request(shape.command, message_id, no_reply, body, data, fds)
+        return Refused(number, message_id, no_reply, errno, reason, fds)
 
-    def _receive_version(self, header: tuple[int, ...], payload: memoryview, fds: tuple[int, ...]) -> Event:
+    def _receive_version(self, header: _Header, payload: memoryview, fds: _Fds) -> Event:
         message_id, number, _, flags, _ = header
         legal = (self._state, Step.RECEIVE_VERSION) in TRANSITIONS and self.role is Role.SERVER
         if number != Command.VERSION or not legal:
@@ -232,12 +225,8 @@ class Connection:
             return self._break(EINVAL, f"VERSION of {len(payload)} bytes", header, fds)
         proposed = Version.decode(payload)
         if proposed.major != PROTOCOL_MAJOR:
-            return self._break(
-                EINVAL,
-                f"version {proposed.major}.{proposed.minor} is proposed, not {PROTOCOL_MAJOR}.x",
-                header,
-                fds,
-            )
+            what = f"version {proposed.major}.{proposed.minor} is proposed, not {PROTOCOL_MAJOR}.x"
+            return self._break(EINVAL, what, header, fds)
         try:
             self.peer = parse_capabilities(bytes(payload[Version.size :]))
         except RemoteProtocolError as error:
@@ -248,44 +237,38 @@ class Connection:
         reply = _HEADER.pack(message_id, number, HEADER_SIZE + len(content), _REPLY, 0) + content
         return Negotiated(self.version, self.peer, reply, message_id, fds)
 
-    def _receive_reply(
-        self, header: tuple[int, ...], payload: memoryview, fds: tuple[int, ...], excess: bool
-    ) -> Event:
+    def _receive_reply(self, header: _Header, payload: memoryview, fds: _Fds, excess: bool) -> Event:
         message_id, number, _, flags, error = header
         key = (message_id, number)
         if key not in self._pending:
             if number in self._posted:
                 return Stray(Command(number), message_id, fds)
-            return self._break(
-                EPROTO, f"a reply to {command_name(number)} {message_id} that nobody asked for", header, fds
-            )
+            what = f"a reply to {command_name(number)} {message_id} that nobody asked for"
+            return self._break(EPROTO, what, header, fds)
         asked = self._pending.pop(key)
         shape = SHAPES[number]
         if self._state is State.OFFERED:
             return self._receive_agreement(header, payload, fds)
         if flags & _ERROR:
-            return ErrorReply(shape.command, message_id, error if 0 < error <= MAX_ERRNO else EIO, fds)
+            return ErrorReply(shape.command, message_id, _errno(error), fds)
         if excess:
-            return BadReply(
-                shape.command, message_id, f"more than {self.limits.max_msg_fds} descriptors", fds
-            )
+            what = f"more than {self.limits.max_msg_fds} descriptors"
+            return BadReply(shape.command, message_id, what, fds)
         decoded = _decode(shape, shape.reply, payload)
         if isinstance(decoded, str):
             return BadReply(shape.command, message_id, decoded, fds)
         body, data = decoded
         check = REPLY_CHECKS.get(number)
         if check is not None:
-            reason = check(asked, body, data)
+            reason = check(asked, body, len(data))
             if reason is not None:
                 return BadReply(shape.command, message_id, reason, fds)
         return Reply(shape.command, message_id, body, data, fds)
 
-    def _receive_agreement(self, header: tuple[int, ...], payload: memoryview, fds: tuple[int, ...]) -> Event:
+    def _receive_agreement(self, header: _Header, payload: memoryview, fds: _Fds) -> Event:
         message_id, _, _, flags, error = header
         if flags & _ERROR:
-            return self._break(
-                error if 0 < error <= MAX_ERRNO else EIO, "the server refuses VERSION", header, fds
-            )
+            return self._break(_errno(error), "the server refuses VERSION", header, fds)
         if len(payload) < Version.size:
             return self._break(EPROTO, f"VERSION answered with {len(payload)} bytes", header, fds)
         agreed = Version.decode(payload)
@@ -300,7 +283,7 @@ class Connection:
         self.version = agreed
         return Negotiated(agreed, self.peer, b"", message_id, fds)
 
-    def _break(self, errno: int, reason: str, header: tuple[int, ...], fds: tuple[int, ...]) -> Broken:
+    def _break(self, errno: int, reason: str, header: _Header, fds: _Fds) -> Broken:
         """The peer cannot be believed any more. The farewell tells it why, if it sent a command that wants
         an answer.
         """
@@ -329,7 +312,7 @@ class Connection:
         self,
         command: Command,
         body: Record | None = None,
-        data: Buffer = b"",
+        data: ReadableBuffer = b"",
         fds: Sequence[int] = (),
         *,
         no_reply: bool = False,
@@ -348,10 +331,8 @@ class Connection:
         content = self._content(shape, shape.request, body, data, fds)
         check = REQUEST_CHECKS.get(command)
         if check is not None:
-            limits = Limits(
-                max_data_xfer_size=max(1, min(self.peer.max_data_xfer_size, self.limits.max_data_xfer_size))
-            )
-            reason = check(body, bytes(data), len(fds), limits)
+            most = min(self.peer.max_data_xfer_size, self.limits.max_data_xfer_size)
+            reason = check(body, len(content) - shape.request.size, len(fds), most)
             if reason is not None:
                 raise LocalProtocolError(EINVAL, reason)
         if len(self._pending) >= MAX_OUTSTANDING:
@@ -368,45 +349,49 @@ class Connection:
         return message_id, _HEADER.pack(message_id, command, HEADER_SIZE + len(content), flags, 0) + content
 
     def reply(
-        self, request: Request, body: Record | None = None, data: Buffer = b"", fds: Sequence[int] = ()
+        self,
+        request: Request,
+        body: Record | None = None,
+        data: ReadableBuffer = b"",
+        fds: Sequence[int] = (),
     ) -> bytes:
         """The answer to a request, b"" if it wants none; send it in one call together with `fds`.
 
         Raises LocalProtocolError(EINVAL) if the body is not what the command answers with or the peer does
         not take so many descriptors.
         """
-        self._step(Step.SEND_REPLY)
+        if self._state is not State.READY:
+            self._step(Step.SEND_REPLY)
         if request.no_reply:
             return b""
         shape = SHAPES[request.command]
         content = self._content(shape, shape.reply, body, data, fds)
-        return (
-            _HEADER.pack(request.message_id, request.command, HEADER_SIZE + len(content), _REPLY, 0) + content
-        )
+        size = HEADER_SIZE + len(content)
+        return _HEADER.pack(request.message_id, request.command, size, _REPLY, 0) + content
 
     def error(self, request: Request | Refused, errno: int) -> bytes:
         """The header that refuses a request, b"" if it wants no answer."""
-        self._step(Step.SEND_REPLY)
+        if self._state is not State.READY:
+            self._step(Step.SEND_REPLY)
         if request.no_reply:
             return b""
         return _HEADER.pack(request.message_id, request.command, HEADER_SIZE, _REPLY | _ERROR, errno)
 
     def _content(
-        self, shape: Shape, part: Part, body: Record | None, data: Buffer, fds: Sequence[int]
+        self, shape: Shape, part: Part, body: Record | None, data: ReadableBuffer, fds: Sequence[int]
     ) -> bytes:
         name = shape.command.name
         if type(body) is not (part.record or type(None)):
-            raise LocalProtocolError(
-                EINVAL, f"{name} takes {part.record.__name__ if part.record else 'nothing'}, not {body!r}"
-            )
+            wanted = part.record.__name__ if part.record else "nothing"
+            raise LocalProtocolError(EINVAL, f"{name} takes {wanted}, not {body!r}")
         if fds and (not part.fds or len(fds) > self.peer.max_msg_fds):
             most = self.peer.max_msg_fds if part.fds else 0
             raise LocalProtocolError(EINVAL, f"{name} with {len(fds)} descriptors, {most} at most")
         try:
-            content = (body.encode() if body is not None else b"") + data
+            content = body.encode() + data if body is not None else bytes(data)
         except ValueError as error:
             raise LocalProtocolError(EINVAL, str(error)) from None
-        if part.tail is not Tail.DATA and len(content) > (part.record.size if part.record else 0):
+        if part.tail is not Tail.DATA and len(content) > part.size:
             raise LocalProtocolError(EINVAL, f"{name} carries no data")
         return content
 
@@ -422,20 +407,20 @@ class Connection:
         return taken
 
 
+def _errno(number: int) -> int:
+    return number if 0 < number <= MAX_ERRNO else EIO
+
+
 def _decode(shape: Shape, part: Part, payload: memoryview) -> tuple[Record | None, bytes] | str:
     """A message's record and data, or why it is malformed."""
-    if part.record is None:
-        if len(payload):
-            return f"{shape.command.name} with {len(payload)} bytes it has no use for"
-        return None, b""
-    size = part.record.size
-    if len(payload) < size:
-        return f"{shape.command.name} of {len(payload)} bytes, less than the {size} of {part.record.__name__}"
-    body = part.record.decode(payload)
-    if len(payload) == size:
-        return body, b""
+    length = len(payload)
+    if part.record is not None and length == part.size:
+        return part.record.decode(payload), b""
+    if length < part.size:
+        return f"{shape.command.name} of {length} bytes, not {part.size}"
+    body = part.record.decode(payload) if part.record is not None else None
     if part.tail is Tail.DATA:
-        return body, bytes(payload[size:])
-    if part.tail is Tail.IGNORED:
+        return body, bytes(payload[part.size :])
+    if part.tail is Tail.IGNORED or length == part.size:
         return body, b""
-    return f"{shape.command.name} of {len(payload)} bytes, more than the {size} of {part.record.__name__}"
+    return f"{shape.command.name} of {length} bytes, not {part.size}"
