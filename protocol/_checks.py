@@ -51,7 +51,11 @@ def _dma_unmap(body: DmaUnmap, data: int, fds: int, most: int) -> str | None:
 def _set_irqs(body: SetIrqs, data: int, fds: int, most: int) -> str | None:
     kind = body.flags & IRQ_SET_DATA
     action = body.flags & IRQ_SET_ACTION
-    if kind.bit_count() != 1 or action.bit_count() != 1 or body.flags & ~(IRQ_SET_DATA | IRQ_SET_ACTION):
+    if (
+        kind.bit_count() != 1
+        or action.bit_count() != 1
+        or int(body.flags) & ~int(IRQ_SET_DATA | IRQ_SET_ACTION)
+    ):
         return f"SET_IRQS flags {int(body.flags):#x} are not one kind of data and one action"
     if body.count > MAX_IRQS_PER_SET or body.start > (1 << 32) - 1 - body.count:
         return f"SET_IRQS of {body.count} interrupts from {body.start}"

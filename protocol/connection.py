@@ -180,7 +180,7 @@ class Connection:
             at += size - HEADER_SIZE
         else:
             self._wanted = HEADER_SIZE
-        if at < end:
+        if at < end or fds:
             self._partial += view[at:end]
             events += self._keep_fds(fds, lost)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from enum import IntFlag
 from typing import Annotated, Final
 
-from protocol._fields import U16, U32, U64, Record, Scalar, record
+from protocol._fields import U16, U32, U64, Scalar, record
+from protocol._fields import Record as Record
 from protocol.limits import HEADER_SIZE
 from protocol.vfio import DeviceFlags, DmaMapFlags, DmaUnmapFlags, IrqInfoFlags, IrqSetFlags, RegionFlags
 

@@ -1,0 +1,413 @@
+"""Well-behaved dialogues, each side against bytes written by hand."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+
+import pytest
+
+from protocol import (
+    Command,
+    Connection,
+    ErrorReply,
+    LocalProtocolError,
+    Negotiated,
+    Refused,
+    Reply,
+    Request,
+    Role,
+    Stray,
+)
+from protocol.limits import MAX_OUTSTANDING
+from protocol.messages import (
+    DeviceInfo,
+    DmaMap,
+    DmaUnmap,
+    IrqInfo,
+    Record,
+    RegionAccess,
+    RegionInfo,
+    SetIrqs,
+)
+from protocol.vfio import DeviceFlags, DmaMapFlags, DmaUnmapFlags, IrqInfoFlags, IrqSetFlags, RegionFlags
+from tests.protocol import wire
+from tests.protocol.wire import message, proposal, read_request, ready_client, ready_server, write_request
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A command with its request and reply, as records and as the bytes of their payloads."""
+
+    command: Command
+    body: Record | None
+    data: bytes
+    fds: tuple[int, ...]
+    request: str
+    reply_body: Record | None
+    reply_data: bytes
+    reply: str
+
+
+EXCHANGES = [
+    Exchange(
+        Command.DMA_MAP,
+        DmaMap(32, DmaMapFlags.READ | DmaMapFlags.WRITE, 0x2000, 0x8000_0000, 0x10_0000),
+        b"",
+        (40,),
+        "20000000 03000000 0020000000000000 0000008000000000 0000100000000000",
+        None,
+        b"",
+        "",
+    ),
+    Exchange(
+        Command.DMA_UNMAP,
+        DmaUnmap(24, DmaUnmapFlags(0), 0x8000_0000, 0x10_0000),
+        b"",
+        (),
+        "18000000 00000000 0000008000000000 0000100000000000",
+        DmaUnmap(24, DmaUnmapFlags(0), 0x8000_0000, 0x10_0000),
+        b"",
+        "18000000 00000000 0000008000000000 0000100000000000",
+    ),
+    Exchange(
+        Command.DEVICE_GET_INFO,
+        DeviceInfo(16),
+        b"",
+        (),
+        "10000000 00000000 00000000 00000000",
+        DeviceInfo(16, DeviceFlags.RESET | DeviceFlags.PCI, 9, 5),
+        b"",
+        "10000000 03000000 09000000 05000000",
+    ),
+    Exchange(
+        Command.DEVICE_GET_REGION_INFO,
+        RegionInfo(64, index=2),
+        b"",
+        (),
+        "40000000 00000000 02000000 00000000 0000000000000000 0000000000000000",
+        RegionInfo(64, RegionFlags.READ | RegionFlags.MMAP | RegionFlags.CAPS, 2, 32, 0x10000, 0),
+        bytes.fromhex("0100010000000000 0100000000000000 0010000000000000 0010000000000000"),
+        "40000000 0d000000 02000000 20000000 0000010000000000 0000000000000000"
+        "0100010000000000 0100000000000000 0010000000000000 0010000000000000",
+    ),
+    Exchange(
+        Command.DEVICE_GET_IRQ_INFO,
+        IrqInfo(16, index=2),
+        b"",
+        (),
+        "10000000 00000000 02000000 00000000",
+        IrqInfo(16, IrqInfoFlags.EVENTFD | IrqInfoFlags.NORESIZE, 2, 5),
+        b"",
+        "10000000 09000000 02000000 05000000",
+    ),
+    Exchange(
+        Command.DEVICE_SET_IRQS,
+        SetIrqs(20, IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER, 2, 0, 3),
+        b"",
+        (10, 11, 12),
+        "14000000 24000000 02000000 00000000 03000000",
+        None,
+        b"",
+        "",
+    ),
+    Exchange(
+        Command.DEVICE_SET_IRQS,
+        SetIrqs(23, IrqSetFlags.DATA_BOOL | IrqSetFlags.ACTION_MASK, 2, 1, 3),
+        b"\1\0\1",
+        (),
+        "17000000 0a000000 02000000 01000000 03000000 010001",
+        None,
+        b"",
+        "",
+    ),
+    Exchange(
+        Command.REGION_READ,
+        RegionAccess(0x100, 7, 8),
+        b"",
+        (),
+        "0001000000000000 07000000 08000000",
+        RegionAccess(0x100, 7, 8),
+        b"abcdefgh",
+        "0001000000000000 07000000 08000000 6162636465666768",
+    ),
+    Exchange(
+        Command.REGION_WRITE,
+        RegionAccess(0x3000, 0, 2),
+        b"\x01\x00",
+        (),
+        "0030000000000000 00000000 02000000 0100",
+        RegionAccess(0x3000, 0, 2),
+        b"",
+        "0030000000000000 00000000 02000000",
+    ),
+    Exchange(Command.DEVICE_RESET, None, b"", (), "", None, b"", ""),
+]
+EACH = pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda exchange: exchange.command.name)
+
+
+@EACH
+def test_a_server_understands_a_request_and_answers_it(exchange: Exchange) -> None:
+    server = ready_server()
+    sent = message(0xBEEF, exchange.command, bytes.fromhex(exchange.request))
+    (request,) = server.receive(sent, exchange.fds)
+    assert request == Request(exchange.command, 0xBEEF, False, exchange.body, exchange.data, exchange.fds)
+    answered = server.reply(request, exchange.reply_body, exchange.reply_data)
+    assert answered == message(0xBEEF, exchange.command, bytes.fromhex(exchange.reply), flags=wire.REPLY)
+
+
+@EACH
+def test_a_client_asks_and_understands_the_answer(exchange: Exchange) -> None:
+    client = ready_client()
+    message_id, sent = client.request(exchange.command, exchange.body, exchange.data, exchange.fds)
+    assert sent == message(message_id, exchange.command, bytes.fromhex(exchange.request))
+    answer = message(message_id, exchange.command, bytes.fromhex(exchange.reply), flags=wire.REPLY)
+    (reply,) = client.receive(answer)
+    assert reply == Reply(exchange.command, message_id, exchange.reply_body, exchange.reply_data)
+    assert client.outstanding == 0
+
+
+@EACH
+def test_a_refusal_is_a_header_with_an_errno(exchange: Exchange) -> None:
+    server = ready_server()
+    (request,) = server.receive(message(5, exchange.command, bytes.fromhex(exchange.request)), exchange.fds)
+    assert isinstance(request, Request)
+    refusal = message(5, exchange.command, flags=wire.REPLY | wire.ERROR, error=17)
+    assert server.error(request, 17) == refusal
+    client = ready_client()
+    message_id, _ = client.request(exchange.command, exchange.body, exchange.data, exchange.fds)
+    (answer,) = client.receive(message(message_id, exchange.command, flags=wire.REPLY | wire.ERROR, error=17))
+    assert answer == ErrorReply(exchange.command, message_id, 17)
+
+
+def test_a_server_agrees_to_the_version_of_qemu() -> None:
+    server = Connection(Role.SERVER)
+    said = b'{"capabilities":{"max_msg_fds":16,"pgsizes":4096,"max_dma_maps":65535,"write_multiple":true}}\0'
+    (event,) = server.receive(proposal(json=said, message_id=9))
+    assert isinstance(event, Negotiated)
+    assert (event.version.major, event.version.minor) == (0, 0)
+    assert event.peer.max_msg_fds == 16
+    message_id, command, size, flags, error, major, minor = struct.unpack_from("=HHIIIHH", event.reply)
+    assert (message_id, command, size, flags, error) == (9, 1, len(event.reply), 1, 0)
+    assert (major, minor) == (0, 0)
+    announced = json.loads(event.reply[20:-1])["capabilities"]
+    assert event.reply[-1] == 0
+    assert announced["max_msg_fds"] <= 16
+    assert server.ready
+
+
+def test_a_client_proposes_itself_with_json_and_a_nul() -> None:
+    client = Connection(Role.CLIENT)
+    sent = client.propose()
+    message_id, command, size, flags, error, major, _ = struct.unpack_from("=HHIIIHH", sent)
+    assert (command, size, flags, error, major) == (1, len(sent), 0, 0, 0)
+    assert json.loads(sent[20:-1])["capabilities"]["max_msg_fds"] == 16
+    (event,) = client.receive(message(message_id, 1, struct.pack("=HH", 0, 0), flags=wire.REPLY))
+    assert isinstance(event, Negotiated)
+    assert event.reply == b""
+    assert event.peer.max_msg_fds == 1
+    assert client.ready
+
+
+def test_a_posted_write_gets_no_answer_and_no_refusal() -> None:
+    server = ready_server()
+    (request,) = server.receive(write_request(1, 0, 0x3000, b"\0\0", flags=wire.NO_REPLY))
+    assert isinstance(request, Request)
+    assert request.no_reply
+    assert server.reply(request, request.body) == b""
+    assert server.error(request, 22) == b""
+
+
+def test_a_refused_posted_request_gets_no_answer() -> None:
+    server = ready_server()
+    (refused,) = server.receive(message(1, wire.REGION_WRITE, b"short", flags=wire.NO_REPLY))
+    assert isinstance(refused, Refused)
+    assert server.error(refused, refused.errno) == b""
+
+
+def test_a_posted_write_carries_the_flag_and_waits_for_nothing() -> None:
+    client = ready_client()
+    message_id, sent = client.request(
+        Command.REGION_WRITE, RegionAccess(0x10, 2, 4), b"\1\2\3\4", no_reply=True
+    )
+    assert sent == write_request(message_id, 2, 0x10, b"\1\2\3\4", flags=wire.NO_REPLY)
+    assert client.outstanding == 0
+
+
+def test_a_reply_to_a_posted_write_is_dropped() -> None:
+    client = ready_client()
+    message_id, _ = client.request(Command.REGION_WRITE, RegionAccess(0, 2, 1), b"\1", no_reply=True)
+    payload = struct.pack("=QII", 0, 2, 1)
+    (event,) = client.receive(message(message_id, wire.REGION_WRITE, payload, flags=wire.REPLY))
+    assert event == Stray(Command.REGION_WRITE, message_id)
+    assert client.ready
+
+
+def test_replies_may_come_in_any_order() -> None:
+    client = ready_client()
+    asked = [client.request(Command.REGION_READ, RegionAccess(at, 0, 1))[0] for at in range(3)]
+    for at in (2, 0, 1):
+        payload = struct.pack("=QII", at, 0, 1) + bytes([at])
+        (reply,) = client.receive(message(asked[at], wire.REGION_READ, payload, flags=wire.REPLY))
+        assert isinstance(reply, Reply)
+        assert (reply.message_id, reply.data) == (asked[at], bytes([at]))
+
+
+def test_equal_ids_of_different_commands_are_told_apart() -> None:
+    client = ready_client()
+    first, _ = client.request(Command.DEVICE_RESET)
+    client._next_id = first
+    second, _ = client.request(Command.REGION_READ, RegionAccess(0, 7, 1))
+    assert first == second
+    answer = message(second, wire.REGION_READ, struct.pack("=QII", 0, 7, 1) + b"x", flags=wire.REPLY)
+    events = client.receive(answer + message(first, wire.RESET, flags=wire.REPLY))
+    assert [type(event) for event in events] == [Reply, Reply]
+
+
+def test_an_id_that_still_waits_is_not_given_again() -> None:
+    client = ready_client()
+    waiting, _ = client.request(Command.DEVICE_RESET)
+    client._next_id = waiting
+    again, _ = client.request(Command.DEVICE_RESET)
+    assert again != waiting
+
+
+def test_message_ids_wrap_at_16_bits() -> None:
+    client = ready_client()
+    client._next_id = 0xFFFF
+    assert client.request(Command.DEVICE_RESET)[0] == 0xFFFF
+    assert client.request(Command.DEVICE_RESET)[0] == 0
+
+
+def test_a_shorter_read_is_the_servers_right() -> None:
+    client = ready_client()
+    message_id, _ = client.request(Command.REGION_READ, RegionAccess(0, 7, 8))
+    payload = struct.pack("=QII", 0, 7, 3) + b"abc"
+    (reply,) = client.receive(message(message_id, wire.REGION_READ, payload, flags=wire.REPLY))
+    assert isinstance(reply, Reply)
+    assert reply.data == b"abc"
+
+
+def test_error_replies_with_a_payload_are_understood() -> None:
+    client = ready_client()
+    message_id, _ = client.request(Command.REGION_READ, RegionAccess(0, 7, 8))
+    payload = struct.pack("=QII", 0, 7, 8) + bytes(8)
+    refusal = message(message_id, wire.REGION_READ, payload, flags=wire.REPLY | wire.ERROR, error=22)
+    assert client.receive(refusal) == [ErrorReply(Command.REGION_READ, message_id, 22)]
+
+
+@pytest.mark.parametrize("errno", [0, 4096, 0xFFFF_FFFF])
+def test_an_errno_that_linux_does_not_know_is_eio(errno: int) -> None:
+    client = ready_client()
+    message_id, _ = client.request(Command.DEVICE_RESET)
+    refusal = message(message_id, wire.RESET, flags=wire.REPLY | wire.ERROR, error=errno)
+    assert client.receive(refusal) == [ErrorReply(Command.DEVICE_RESET, message_id, 5)]
+
+
+def test_extra_fields_of_a_newer_peer_are_skipped() -> None:
+    server = ready_server()
+    newer = struct.pack("=IIIIII", 24, 0, 0, 0, 0, 0)
+    (request,) = server.receive(message(1, wire.GET_INFO, newer))
+    assert isinstance(request, Request)
+    assert request.body == DeviceInfo(24)
+
+
+def test_an_argsz_that_counts_more_than_needed_is_accepted() -> None:
+    server = ready_server()
+    (request,) = server.receive(message(1, wire.GET_INFO, struct.pack("=IIII", 0xFFFF_FFFF, 0, 0, 0)))
+    assert isinstance(request, Request)
+
+
+def test_unmapping_everything_needs_no_range() -> None:
+    server = ready_server()
+    (request,) = server.receive(message(1, wire.DMA_UNMAP, struct.pack("=IIQQ", 24, 2, 0, 0)))
+    assert isinstance(request, Request)
+
+
+# what this side may not do
+
+
+def test_nothing_but_version_can_be_asked_first() -> None:
+    client = Connection(Role.CLIENT)
+    with pytest.raises(LocalProtocolError):
+        client.request(Command.DEVICE_RESET)
+    client.propose()
+    with pytest.raises(LocalProtocolError):
+        client.request(Command.DEVICE_RESET)
+    with pytest.raises(LocalProtocolError):
+        client.propose()
+
+
+def test_a_server_proposes_nothing_and_asks_for_nothing_that_a_client_asks() -> None:
+    with pytest.raises(LocalProtocolError):
+        Connection(Role.SERVER).propose()
+    with pytest.raises(LocalProtocolError):
+        ready_server().request(Command.REGION_READ, RegionAccess(0, 0, 4))
+
+
+@pytest.mark.parametrize(
+    "command", [Command.DMA_READ, Command.DEVICE_FEATURE, Command.REGION_WRITE_MULTI, Command.VERSION]
+)
+def test_commands_that_are_not_ours_to_send_are_refused_here(command: Command) -> None:
+    with pytest.raises(LocalProtocolError):
+        ready_client().request(command)
+
+
+@pytest.mark.parametrize(
+    ("command", "body", "data", "fds"),
+    [
+        (Command.REGION_READ, None, b"", ()),
+        (Command.REGION_READ, DeviceInfo(16), b"", ()),
+        (Command.REGION_READ, RegionAccess(0, 0, 4), b"data", ()),
+        (Command.REGION_READ, RegionAccess(0, 0, 65537), b"", ()),
+        (Command.REGION_READ, RegionAccess(0, 0, 1 << 40), b"", ()),
+        (Command.REGION_READ, RegionAccess(0, 0, 4), b"", (1,)),
+        (Command.REGION_WRITE, RegionAccess(0, 0, 4), b"abc", ()),
+        (Command.DEVICE_RESET, None, b"x", ()),
+        (Command.DMA_MAP, DmaMap(32, DmaMapFlags.READ, 0, 0, 4096), b"", (1, 2)),
+        (
+            Command.DEVICE_SET_IRQS,
+            SetIrqs(20, IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER, 2, 0, 9),
+            b"",
+            tuple(range(9)),
+        ),
+    ],
+)
+def test_what_the_peer_would_refuse_is_not_sent(
+    command: Command, body: Record | None, data: bytes, fds: tuple[int, ...]
+) -> None:
+    client = ready_client()
+    with pytest.raises(LocalProtocolError):
+        client.request(command, body, data, fds)
+    assert client.outstanding == 0
+    client.request(Command.DEVICE_RESET)
+
+
+def test_requests_without_an_answer_do_not_pile_up_for_ever() -> None:
+    client = ready_client()
+    for _ in range(MAX_OUTSTANDING):
+        client.request(Command.DEVICE_RESET)
+    with pytest.raises(LocalProtocolError, match="without an answer"):
+        client.request(Command.DEVICE_RESET)
+
+
+def test_a_reply_must_be_the_commands_own() -> None:
+    server = ready_server()
+    (request,) = server.receive(read_request(1, 7, 0, 4))
+    assert isinstance(request, Request)
+    with pytest.raises(LocalProtocolError):
+        server.reply(request, DeviceInfo(16))
+    with pytest.raises(LocalProtocolError):
+        server.reply(request, request.body, b"abcd", fds=[3])
+
+
+def test_closing_ends_everything_and_gives_back_descriptors() -> None:
+    server = ready_server()
+    assert server.receive(message(1, wire.DMA_MAP, bytes(32))[:20], [50]) == []
+    assert not server.at_boundary
+    assert server.close() == (50,)
+    assert server.closed
+    assert server.close() == ()
+    with pytest.raises(LocalProtocolError):
+        server.receive(b"")

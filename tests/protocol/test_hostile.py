@@ -1,0 +1,334 @@
+"""What a peer that breaks the rules gets: a refusal where the stream is sound, the end where it is not;
+never an exception.
+"""
+
+from __future__ import annotations
+
+import struct
+from errno import EINVAL, EOPNOTSUPP, EPROTO
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol import BadReply, Broken, Command, Connection, Limits, LocalProtocolError, Refused, Request, Role
+from protocol.limits import MAX_IRQS_PER_SET, MAX_VERSION_DATA
+from protocol.messages import DeviceInfo, RegionAccess
+from tests.protocol import wire
+from tests.protocol.wire import message, proposal, read_request, ready_client, ready_server, write_request
+
+
+def the_end(events: list[object]) -> Broken:
+    assert isinstance(events[-1], Broken)
+    assert events[-1].error.fatal
+    return events[-1]
+
+
+def refused(payload: bytes, command: int, fds: tuple[int, ...] = ()) -> Refused:
+    """The refusal of a request, after which the server still serves."""
+    server = ready_server()
+    (refusal,) = server.receive(message(3, command, payload), fds)
+    (after,) = server.receive(read_request(4, 7, 0, 4))
+    assert isinstance(refusal, Refused)
+    assert isinstance(after, Request)
+    assert refusal.fds == fds
+    errno = refusal.errno
+    assert server.error(refusal, errno) == message(3, command, flags=wire.REPLY | wire.ERROR, error=errno)
+    return refusal
+
+
+# the frame
+
+
+@pytest.mark.parametrize("size", [0, 1, 15, 16 + 16 + (1 << 20) + 1, 0xFFFF_FFFF])
+def test_a_size_that_cannot_be_is_the_end(size: int) -> None:
+    server = ready_server()
+    header = struct.pack("=HHIII", 3, wire.REGION_READ, size, 0, 0)
+    broken = the_end(list(server.receive(read_request(2, 7, 0, 4) + header)))
+    assert broken.farewell == message(3, wire.REGION_READ, flags=wire.REPLY | wire.ERROR, error=EINVAL)
+    assert server.closed
+    with pytest.raises(LocalProtocolError):
+        server.receive(b"more")
+
+
+def test_the_largest_message_is_read() -> None:
+    server = Connection(Role.SERVER, Limits(max_data_xfer_size=1 << 20))
+    server.receive(proposal())
+    (request,) = server.receive(write_request(1, 2, 0, bytes(1 << 20)))
+    assert isinstance(request, Request)
+    assert len(request.data) == 1 << 20
+
+
+@pytest.mark.parametrize("kind", range(2, 16))
+def test_a_type_that_is_neither_command_nor_reply_is_the_end(kind: int) -> None:
+    broken = the_end(list(ready_server().receive(message(1, wire.RESET, flags=kind))))
+    assert broken.farewell == b""
+
+
+def test_before_the_end_earlier_messages_are_reported() -> None:
+    events = ready_server().receive(read_request(2, 7, 0, 4) + bytes(16))
+    assert isinstance(events[0], Request)
+    the_end(list(events))
+
+
+# replies
+
+
+def test_a_reply_that_nobody_asked_for_is_the_end() -> None:
+    for connection in (ready_server(), ready_client()):
+        broken = the_end(list(connection.receive(message(77, wire.REGION_READ, flags=wire.REPLY))))
+        assert broken.error.errno == EPROTO
+        assert broken.farewell == b""
+
+
+def test_a_reply_with_the_right_id_and_the_wrong_command_is_the_end() -> None:
+    client = ready_client()
+    message_id, _ = client.request(Command.DEVICE_RESET)
+    the_end(list(client.receive(message(message_id, wire.REGION_READ, bytes(16), flags=wire.REPLY))))
+
+
+def test_a_second_reply_is_the_end() -> None:
+    client = ready_client()
+    message_id, _ = client.request(Command.DEVICE_RESET)
+    answer = message(message_id, wire.RESET, flags=wire.REPLY)
+    the_end(list(client.receive(answer + answer)))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        bytes(15),
+        struct.pack("=QII", 0, 7, 4) + b"abc",
+        struct.pack("=QII", 0, 7, 4) + b"abcde",
+        struct.pack("=QII", 0, 7, 5) + b"abcde",
+        struct.pack("=QII", 4, 7, 4) + b"abcd",
+        struct.pack("=QII", 0, 6, 4) + b"abcd",
+    ],
+)
+def test_nonsense_in_a_reply_fails_its_request_alone(payload: bytes) -> None:
+    client = ready_client()
+    message_id, _ = client.request(Command.REGION_READ, RegionAccess(0, 7, 4))
+    (event,) = client.receive(message(message_id, wire.REGION_READ, payload, flags=wire.REPLY))
+    assert isinstance(event, BadReply)
+    assert (event.command, event.message_id) == (Command.REGION_READ, message_id)
+    assert client.ready
+
+
+def test_a_reply_with_too_many_descriptors_fails_its_request_alone() -> None:
+    client = ready_client()
+    message_id, _ = client.request(Command.DEVICE_GET_INFO, DeviceInfo(16))
+    answer = message(message_id, wire.GET_INFO, bytes(16), flags=wire.REPLY)
+    (event,) = client.receive(answer, range(17))
+    assert isinstance(event, BadReply)
+    assert event.fds == tuple(range(17))
+
+
+# order
+
+
+@pytest.mark.parametrize("command", [c for c in range(20) if c != wire.VERSION])
+def test_a_command_before_version_is_the_end(command: int) -> None:
+    server = Connection(Role.SERVER)
+    broken = the_end(list(server.receive(message(8, command, bytes(16)), [30])))
+    assert broken.farewell == message(8, command, flags=wire.REPLY | wire.ERROR, error=EINVAL)
+    assert broken.fds == (30,)
+
+
+def test_a_second_version_is_refused() -> None:
+    assert refused(struct.pack("=HH", 0, 0), wire.VERSION).errno == EINVAL
+
+
+def test_a_command_to_a_client_that_still_negotiates_is_the_end() -> None:
+    client = Connection(Role.CLIENT)
+    client.propose()
+    the_end(list(client.receive(message(0, wire.DMA_READ, bytes(16)))))
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        proposal(major=1),
+        proposal(json=b"{"),
+        message(0, wire.VERSION, b"\0\0\0"),
+        message(0, wire.VERSION, bytes(4), flags=wire.NO_REPLY),
+        message(0, wire.VERSION, bytes(4), flags=wire.ERROR),
+        proposal(json=b'{"capabilities":{"max_msg_fds":null,"pgsizes":"4k"}}\0'),
+    ],
+)
+def test_a_version_that_cannot_be_agreed_on_is_the_end(first: bytes) -> None:
+    server = Connection(Role.SERVER)
+    the_end(list(server.receive(first)))
+    assert not server.ready
+
+
+def test_nothing_large_is_buffered_for_a_stranger() -> None:
+    server = Connection(Role.SERVER)
+    header = struct.pack("=HHIII", 0, wire.VERSION, 20 + MAX_VERSION_DATA + 1, 0, 0)
+    the_end(list(server.receive(header)))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        struct.pack("=HH", 1, 0),
+        struct.pack("=HH", 0, 3),
+        b"\0\0",
+        struct.pack("=HH", 0, 0) + b"{}",
+    ],
+)
+def test_a_server_that_answers_version_wrongly_is_left(answer: bytes) -> None:
+    client = Connection(Role.CLIENT)
+    client.propose()
+    assert (
+        the_end(list(client.receive(message(0, wire.VERSION, answer, flags=wire.REPLY)))).error.errno
+        == EPROTO
+    )
+
+
+def test_a_server_that_refuses_version_is_left_with_its_errno() -> None:
+    client = Connection(Role.CLIENT)
+    client.propose()
+    refusal = message(0, wire.VERSION, flags=wire.REPLY | wire.ERROR, error=95)
+    assert the_end(list(client.receive(refusal))).error.errno == 95
+
+
+# requests
+
+
+@pytest.mark.parametrize("command", [0, 14, 19, 0xFFFF])
+def test_unknown_commands_are_refused(command: int) -> None:
+    assert refused(b"", command).errno == EINVAL
+
+
+@pytest.mark.parametrize("command", [6, 15, 16, 17, 18])
+def test_commands_that_are_not_implemented_are_refused_as_such(command: int) -> None:
+    assert refused(bytes(8), command).errno == EOPNOTSUPP
+
+
+@pytest.mark.parametrize("command", [11, 12])
+def test_a_server_does_not_take_the_commands_it_sends(command: int) -> None:
+    assert refused(bytes(16), command).errno == EINVAL
+
+
+SET = "=IIIII"
+TRIGGER, MASK = 1 << 5, 1 << 3
+NONE, BOOL, EVENTFD = 1, 2, 4
+
+MALFORMED: list[tuple[str, int, bytes, tuple[int, ...]]] = [
+    ("dma map too short", wire.DMA_MAP, bytes(31), ()),
+    ("dma map argsz", wire.DMA_MAP, struct.pack("=IIQQQ", 31, 3, 0, 0, 4096), ()),
+    ("dma map empty", wire.DMA_MAP, struct.pack("=IIQQQ", 32, 3, 0, 4096, 0), ()),
+    ("dma map wraps", wire.DMA_MAP, struct.pack("=IIQQQ", 32, 3, 0, 2**64 - 4096, 4097), ()),
+    ("dma map offset wraps", wire.DMA_MAP, struct.pack("=IIQQQ", 32, 3, 2**64 - 1, 0, 4096), (9,)),
+    ("dma map two descriptors", wire.DMA_MAP, struct.pack("=IIQQQ", 32, 3, 0, 0, 4096), (9, 10)),
+    ("dma unmap argsz", wire.DMA_UNMAP, struct.pack("=IIQQ", 23, 0, 0, 4096), ()),
+    ("dma unmap wraps", wire.DMA_UNMAP, struct.pack("=IIQQ", 24, 0, 4096, 2**64 - 1), ()),
+    ("info argsz 0", wire.GET_INFO, bytes(16), ()),
+    ("info argsz 15", wire.GET_INFO, struct.pack("=IIII", 15, 0, 0, 0), ()),
+    ("info too short", wire.GET_INFO, struct.pack("=III", 16, 0, 0), ()),
+    ("region info argsz", wire.REGION_INFO, struct.pack("=IIIIQQ", 31, 0, 0, 0, 0, 0), ()),
+    ("irq info argsz", wire.IRQ_INFO, struct.pack("=IIII", 8, 0, 0, 0), ()),
+    ("irqs too short", wire.SET_IRQS, bytes(19), ()),
+    ("irqs argsz", wire.SET_IRQS, struct.pack(SET, 19, NONE | TRIGGER, 0, 0, 0), ()),
+    ("irqs no data flag", wire.SET_IRQS, struct.pack(SET, 20, TRIGGER, 0, 0, 1), ()),
+    ("irqs no action", wire.SET_IRQS, struct.pack(SET, 20, NONE, 0, 0, 1), ()),
+    ("irqs two data flags", wire.SET_IRQS, struct.pack(SET, 20, NONE | BOOL | TRIGGER, 0, 0, 1), ()),
+    ("irqs two actions", wire.SET_IRQS, struct.pack(SET, 20, NONE | MASK | TRIGGER, 0, 0, 1), ()),
+    ("irqs unknown flag", wire.SET_IRQS, struct.pack(SET, 20, NONE | TRIGGER | 64, 0, 0, 1), ()),
+    ("irqs overflow", wire.SET_IRQS, struct.pack(SET, 20, NONE | TRIGGER, 2, 2**32 - 1, 2), ()),
+    ("irqs many", wire.SET_IRQS, struct.pack(SET, 20, NONE | TRIGGER, 2, 0, MAX_IRQS_PER_SET + 1), ()),
+    ("irqs billions", wire.SET_IRQS, struct.pack(SET, 20, NONE | TRIGGER, 2, 0, 2**32 - 1), ()),
+    ("irqs few booleans", wire.SET_IRQS, struct.pack(SET, 21, BOOL | TRIGGER, 2, 0, 2) + b"\1", ()),
+    ("irqs many booleans", wire.SET_IRQS, struct.pack(SET, 23, BOOL | TRIGGER, 2, 0, 2) + b"\1\1\1", ()),
+    ("irqs few descriptors", wire.SET_IRQS, struct.pack(SET, 20, EVENTFD | TRIGGER, 2, 0, 2), (9,)),
+    ("irqs many descriptors", wire.SET_IRQS, struct.pack(SET, 20, EVENTFD | TRIGGER, 2, 0, 1), (9, 10)),
+    ("irqs idle descriptors", wire.SET_IRQS, struct.pack(SET, 20, NONE | TRIGGER, 2, 0, 1), (9,)),
+    ("read too short", wire.REGION_READ, bytes(15), ()),
+    ("read too long", wire.REGION_READ, struct.pack("=QII", 0, 7, 4) + b"x", ()),
+    ("read too much", wire.REGION_READ, struct.pack("=QII", 0, 7, (1 << 20) + 1), ()),
+    ("read four gigabytes", wire.REGION_READ, struct.pack("=QII", 0, 7, 2**32 - 1), ()),
+    ("read wraps", wire.REGION_READ, struct.pack("=QII", 2**64 - 2, 7, 4), ()),
+    ("write too little", wire.REGION_WRITE, struct.pack("=QII", 0, 7, 4) + b"abc", ()),
+    ("write too much", wire.REGION_WRITE, struct.pack("=QII", 0, 7, 4) + b"abcde", ()),
+    ("write wraps", wire.REGION_WRITE, struct.pack("=QII", 2**64 - 2, 7, 4) + b"abcd", ()),
+    ("reset with a payload", wire.RESET, b"now", ()),
+    ("too many descriptors", wire.DMA_MAP, struct.pack("=IIQQQ", 32, 3, 0, 0, 4096), tuple(range(17))),
+]
+
+
+@pytest.mark.parametrize(("what", "command", "payload", "fds"), MALFORMED, ids=[row[0] for row in MALFORMED])
+def test_a_malformed_request_is_refused(
+    what: str, command: int, payload: bytes, fds: tuple[int, ...]
+) -> None:
+    assert refused(payload, command, fds).errno == EINVAL
+
+
+def test_a_request_with_the_error_flag_is_refused() -> None:
+    (refusal,) = ready_server().receive(message(1, wire.RESET, flags=wire.ERROR))
+    assert isinstance(refusal, Refused)
+
+
+def test_a_request_whose_descriptors_the_kernel_dropped_is_refused() -> None:
+    server = ready_server()
+    (refusal,) = server.receive(message(1, wire.DMA_MAP, bytes(32)), [5], fds_lost=True)
+    assert isinstance(refusal, Refused)
+    assert refusal.fds == (5,)
+    (request,) = server.receive(read_request(1, 7, 0, 4))
+    assert isinstance(request, Request)
+
+
+def test_descriptors_do_not_pile_up_in_a_message_that_never_ends() -> None:
+    server = ready_server()
+    sent = write_request(1, 2, 0, bytes(100))
+    assert server.receive(sent[:1], range(16)) == []
+    broken = the_end(list(server.receive(sent[1:2], [99])))
+    assert broken.fds == (*range(16), 99)
+
+
+def test_the_end_gives_back_all_descriptors() -> None:
+    server = ready_server()
+    server.receive(b"\0\0", [7])
+    assert the_end(list(server.receive(bytes(30), [8, 9]))).fds == (7, 8, 9)
+
+
+def test_the_end_in_the_middle_gives_back_the_descriptors_of_later_messages() -> None:
+    server = Connection(Role.SERVER)
+    events = server.receive(proposal(major=3) + read_request(1, 7, 0, 4), [8])
+    assert the_end(list(events)).fds == (8,)
+    assert len(events) == 1
+
+
+@given(st.binary(max_size=300), st.booleans(), st.lists(st.integers(0, 100), max_size=3))
+def test_any_bytes_give_events_and_lose_no_descriptor(data: bytes, negotiated: bool, fds: list[int]) -> None:
+    server = ready_server() if negotiated else Connection(Role.SERVER)
+    events = server.receive(data, fds)
+    given_back = [fd for event in events for fd in event.fds]
+    if not server.closed:
+        given_back += server.close()
+    assert given_back == fds
+
+
+@given(
+    st.integers(0, 20),
+    st.binary(max_size=60),
+    st.sampled_from([0, 16, 32, 48]),
+    st.lists(st.integers(0, 100), max_size=3),
+)
+def test_any_framed_command_is_a_request_or_a_refusal(
+    command: int, payload: bytes, flags: int, fds: list[int]
+) -> None:
+    server = ready_server()
+    (event,) = server.receive(message(9, command, payload, flags=flags), fds)
+    assert isinstance(event, Request | Refused)
+    assert event.fds == tuple(fds)
+    assert event.no_reply == bool(flags & 16)
+
+
+@given(st.integers(1, 18), st.binary(max_size=60), st.sampled_from([1, 33]), st.integers(0, 2**32 - 1))
+def test_any_framed_reply_answers_or_ends(command: int, payload: bytes, flags: int, error: int) -> None:
+    client = ready_client()
+    message_id, _ = client.request(Command.DEVICE_GET_INFO, DeviceInfo(16))
+    events = client.receive(message(message_id, command, payload, flags=flags, error=error))
+    assert len(events) == 1
+    assert client.closed == (command != Command.DEVICE_GET_INFO)
