@@ -1,0 +1,330 @@
+"""One PCI function, as a vfio-user server drives it.
+
+Host and card meet here: regions, interrupts and DMA windows on the host's side; BAR sub-ranges,
+`interrupts.signal` and a few hooks on the card's. Methods of the host's side belong to one control thread;
+they take the gate that keeps data-path workers out, except for accesses to sub-ranges claimed with
+`gated=False`.
+"""
+
+import errno
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+
+from device._gate import Gate
+from device.dma import DmaWindows
+from device.errors import DeviceError
+from device.interrupts.controller import Interrupts
+from device.interrupts.kinds import IrqFlags, IrqIndex, IrqKind
+from device.pci.bars import Bar, BarKind, Handler
+from device.pci.capabilities import Capability, Msi, Msix, PowerManagement
+from device.pci.capabilities.base import arrange, place_all
+from device.pci.capabilities.pm import D0
+from device.pci.config_space import CONFIG_SIZE, Command, ConfigSpace, Identity, Status
+from device.pci.memory_bar import MemoryBar
+
+__all__ = [
+    "Bar",
+    "BarKind",
+    "DeviceError",
+    "Handler",
+    "Identity",
+    "IrqFlags",
+    "IrqIndex",
+    "IrqKind",
+    "MemoryBar",
+    "PciFunction",
+    "Region",
+    "RegionIndex",
+    "ResetKind",
+]
+
+log = logging.getLogger(__name__)
+
+Data = bytes | bytearray | memoryview
+
+
+class ResetKind(Enum):
+    """Why the function goes back to its power-on state."""
+
+    DEVICE = "the client sent DEVICE_RESET"
+    FLR = "software initiated a function level reset"
+    LOST_CLIENT = "the client is gone, and with it its eventfds, DMA windows and BAR mappings"
+
+
+class RegionIndex(IntEnum):
+    """Index of a region (VFIO_PCI_*_REGION_INDEX)."""
+
+    BAR0 = 0
+    BAR1 = 1
+    BAR2 = 2
+    BAR3 = 3
+    BAR4 = 4
+    BAR5 = 5
+    ROM = 6
+    CONFIG = 7
+    VGA = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """`size` bytes the host may access; 0 when absent.
+
+    `mmap_areas` (offset, size) of `fd` may be mapped, whole pages each.
+    """
+
+    size: int
+    readable: bool
+    writable: bool
+    fd: int | None = None
+    mmap_areas: tuple[tuple[int, int], ...] = ()
+
+
+_ABSENT = Region(0, readable=False, writable=False)
+
+
+def _nothing(_what: object) -> None:
+    pass
+
+
+class PciFunction:
+    """A function named `name`, made of `bars` and `capabilities` (listed in that order).
+
+    The interrupt pin 0 means no INTx.
+
+    ValueError when the parts do not fit together: BARs that overlap, capabilities beyond 256 bytes,
+    structures outside their BAR.
+
+    Hooks, all called with the gate held: `on_reset(kind)` before anything else changes, so that the card can
+    stop its workers' queues; `on_bus_master(enabled)` when software allows or forbids the function to do DMA:
+    a card does none while it is forbidden.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        identity: Identity,
+        *,
+        bars: Iterable[Bar | MemoryBar] = (),
+        capabilities: Iterable[Capability] = (),
+        interrupt_pin: int = 1,
+        dma: DmaWindows | None = None,
+    ) -> None:
+        self.name = name
+        self.gate = Gate()
+        self.dma = DmaWindows() if dma is None else dma
+        self.on_reset: Callable[[ResetKind], None] = _nothing
+        self.on_bus_master: Callable[[bool], None] = _nothing
+        self._capabilities = tuple(capabilities)
+        bars = tuple(bars)
+        self.bars: dict[int, Bar | MemoryBar] = {bar.index: bar for bar in bars}
+        offsets = arrange(self._capabilities)
+        self.config = ConfigSpace(
+            identity, bars, interrupt_pin=interrupt_pin, first_capability=offsets[0] if offsets else 0
+        )
+        place_all(self.config, self._capabilities, offsets)
+        self.interrupts = Interrupts(
+            pin=interrupt_pin > 0,
+            msi=max((part.vectors for part in self._capabilities if isinstance(part, Msi)), default=0),
+            msix=max((part.vectors for part in self._capabilities if isinstance(part, Msix)), default=0),
+        )
+        self._power = next((part for part in self._capabilities if isinstance(part, PowerManagement)), None)
+        for bar in bars:
+            if isinstance(bar, Bar):
+                bar.gate = self.gate
+        for part in self._capabilities:
+            part.connect(self)
+        self.config.before_read(ConfigSpace.STATUS, Status.SIZE, self._show_status)
+        self.config.after_write(ConfigSpace.COMMAND, Command.SIZE, self._command_written)
+        self._reads: dict[int, Callable[[int, int], bytes]] = {
+            index: bar.read for index, bar in self.bars.items()
+        }
+        self._writes: dict[int, Callable[[int, Data], None]] = {
+            index: bar.write for index, bar in self.bars.items()
+        }
+        self._reads[RegionIndex.CONFIG] = self._config_read
+        self._writes[RegionIndex.CONFIG] = self._config_write
+
+    # --- regions
+
+    def regions(self) -> Sequence[Region]:
+        """All nine, in the order of RegionIndex. A memory BAR has another fd after reset(LOST_CLIENT)."""
+        return [self._region(index) for index in RegionIndex]
+
+    def _region(self, index: RegionIndex) -> Region:
+        if index is RegionIndex.CONFIG:
+            return Region(CONFIG_SIZE, readable=True, writable=True)
+        bar = self.bars.get(index)
+        if bar is None:
+            return _ABSENT
+        areas = () if bar.fd is None else ((0, bar.size),)
+        return Region(bar.size, readable=True, writable=True, fd=bar.fd, mmap_areas=areas)
+
+    def region_read(self, index: int, offset: int, count: int) -> bytes:
+        """Read `count` bytes at byte `offset`; DeviceError(EINVAL) when the region does not have them."""
+        try:
+            read = self._reads[index]
+        except KeyError:
+            raise DeviceError(errno.EINVAL, f"there is no region {index}") from None
+        return read(offset, count)
+
+    def region_write(self, index: int, offset: int, data: Data) -> None:
+        """Write `data` at byte `offset`; DeviceError(EINVAL) when the region does not have these bytes."""
+        try:
+            write = self._writes[index]
+        except KeyError:
+            raise DeviceError(errno.EINVAL, f"there is no region {index}") from None
+        write(offset, data)
+
+    def _config_read(self, offset: int, count: int) -> bytes:
+        with self.gate:
+            return self.config.read(offset, count)
+
+    def _config_write(self, offset: int, data: Data) -> None:
+        with self.gate:
+            self.config.write(offset, data)
+
+    # --- configuration space's effects
+
+    @property
+    def bus_master(self) -> bool:
+        """Whether software lets the function do DMA."""
+        return bool(self.config.command & Command.BUS_MASTER.mask)
+
+    @property
+    def memory_enabled(self) -> bool:
+        """Whether the function decodes its BARs: COMMAND says so, in D0. Region accesses do not ask."""
+        powered = self._power is None or self._power.power_state == D0
+        return powered and bool(self.config.command & Command.MEMORY.mask)
+
+    def _show_status(self) -> None:
+        status = self.config.load(ConfigSpace.STATUS, Status.SIZE)
+        level = int(self.interrupts.lines.intx_asserted)
+        self.config.store(ConfigSpace.STATUS, Status.SIZE, Status.INTERRUPT.put(status, level))
+
+    def _command_written(self, old: int, new: int) -> None:
+        self.interrupts.lines.intx_disable(bool(new & Command.INTX_DISABLE.mask))
+        if (old ^ new) & Command.BUS_MASTER.mask:
+            self.on_bus_master(bool(new & Command.BUS_MASTER.mask))
+
+    # --- interrupts
+
+    def irqs(self) -> Sequence[IrqIndex]:
+        """All five, in the order of IrqKind."""
+        return self.interrupts.indexes()
+
+    def irq_set_trigger(self, index: int, start: int, fds: Sequence[int | None]) -> None:
+        """Wire borrowed eventfds (None: unplug) to the interrupts from `start` on; all or none.
+
+        DeviceError: EINVAL for interrupts that do not exist, files that are no eventfds, or while another of
+        INTx, MSI and MSI-X is wired; EBADF for a closed fd.
+        """
+        with self.gate:
+            self.interrupts.set_trigger(index, start, fds)
+
+    def irq_disable(self, index: int) -> None:
+        """Unplug all interrupts of an index; DeviceError(EINVAL) only for an index that does not exist."""
+        with self.gate:
+            self.interrupts.disable(index)
+
+    def irq_trigger(self, index: int, start: int, which: Sequence[bool]) -> None:
+        """Signal the chosen interrupts as a test, past all masks.
+
+        DeviceError(EINVAL) unless the index is wired.
+        """
+        with self.gate:
+            self.interrupts.trigger(index, start, which)
+
+    def irq_mask(self, index: int, start: int, which: Sequence[bool]) -> None:
+        """Hold back the chosen interrupts; DeviceError.
+
+        EINVAL if they do not exist or INTx is not wired, ENOTTY for ERR and REQ.
+        """
+        with self.gate:
+            self.interrupts.mask(index, start, which)
+
+    def irq_unmask(self, index: int, start: int, which: Sequence[bool]) -> None:
+        """Let go the chosen interrupts; those that waited are signalled. Refusals as those of `irq_mask`."""
+        with self.gate:
+            self.interrupts.unmask(index, start, which)
+
+    def irq_set_unmask_fd(self, index: int, fd: int | None) -> None:
+        """Let a borrowed eventfd unmask INTx, instead of an earlier one; None stops that.
+
+        DeviceError: EINVAL while INTx is not wired, or no eventfd; ENOTTY for any other index.
+        """
+        with self.gate:
+            self.interrupts.set_unmask_fd(index, fd)
+
+    @property
+    def unmask_fd(self) -> int | None:
+        """The eventfd to watch for `unmask_fd_fired`. Ours.
+
+        It changes whenever INTx is wired, disabled or reset(LOST_CLIENT).
+        """
+        return self.interrupts.line.unmask_fd
+
+    def unmask_fd_fired(self) -> None:
+        """`unmask_fd` is readable: unmask INTx. Never blocks; does nothing if it was not readable."""
+        with self.gate:
+            self.interrupts.line.unmask_fd_fired()
+
+    def request_release(self) -> bool:
+        """Ask the client to give the function up (REQ); whether it listens."""
+        with self.gate:
+            return self.interrupts.raise_single(IrqKind.REQ)
+
+    def report_error(self) -> bool:
+        """Tell the client of an error that cannot be recovered (ERR); whether it listens."""
+        with self.gate:
+            return self.interrupts.raise_single(IrqKind.ERR)
+
+    # --- life
+
+    def reset(self, kind: ResetKind) -> None:
+        """Back to power-on values.
+
+        Configuration space with BARs and COMMAND, interrupt levels, MSI-X table, memory BARs.
+
+        DEVICE and FLR keep the eventfds, the client's masks and the DMA windows, as vfio-pci does, for they
+        are the client's: it goes on using them. LOST_CLIENT drops them, and gives memory BARs new memory, so
+        that mappings left behind reach the next client's card no more.
+        """
+        with self.gate:
+            log.info("%s: reset, %s", self.name, kind.value)
+            self.on_reset(kind)
+            command = self.config.command
+            self.config.reset()
+            self.interrupts.reset()
+            for part in self._capabilities:
+                part.adopt()
+            self._command_written(command, self.config.command)
+            lost = kind is ResetKind.LOST_CLIENT
+            for bar in self.bars.values():
+                if isinstance(bar, MemoryBar):
+                    if lost:
+                        bar.renew()
+                    else:
+                        bar.clear()
+            if lost:
+                self.interrupts.unwire_all()
+                self.dma.unmap_all()
+
+    def function_level_reset(self) -> None:
+        """`reset(ResetKind.FLR)`, for the PCI Express capability."""
+        self.reset(ResetKind.FLR)
+
+    def close(self) -> None:
+        """Give back every fd and all memory. The function is of no use afterwards.
+
+        Closing it twice does nothing.
+        """
+        with self.gate:
+            self.interrupts.unwire_all()
+            self.dma.unmap_all()
+            for bar in self.bars.values():
+                bar.close()
+            self.bars.clear()
+            self._reads.clear()
+            self._writes.clear()

@@ -1,0 +1,55 @@
+"""Eventfds that belong to somebody else."""
+
+import errno
+import os
+import select
+from pathlib import Path
+
+from device.errors import DeviceError
+
+_KIND = "anon_inode:[eventfd]"
+_COUNTER_SIZE = 8
+
+
+def borrow(fd: int) -> int:
+    """A duplicate of the eventfd `fd`, to be closed by the caller.
+
+    DeviceError(EINVAL) if it is anything else.
+
+    The kernel refuses other files too (eventfd_ctx_fdget); here a pipe or a socket could block whoever
+    signals.
+    """
+    try:
+        kind = str(Path(f"/proc/self/fd/{fd}").readlink())
+        if kind != _KIND:
+            raise DeviceError(errno.EINVAL, f"an interrupt needs an eventfd, not {kind}")
+        return os.dup(fd)
+    except DeviceError:
+        raise
+    except OSError as error:
+        raise DeviceError(errno.EBADF, f"an interrupt needs an open eventfd: {error.strerror}") from error
+
+
+def signal(fd: int) -> None:
+    """Add one to the counter; a counter that is full stays so, for its owner has not read what is there.
+
+    Never blocks.
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    if poll.poll(0):
+        os.eventfd_write(fd, 1)
+
+
+def drain(fd: int) -> bool:
+    """Set the counter to zero; whether it was not. Never blocks, whatever the owner's flags say."""
+    try:
+        return os.preadv(fd, [bytearray(_COUNTER_SIZE)], -1, os.RWF_NOWAIT) == _COUNTER_SIZE
+    except BlockingIOError:
+        return False
+
+
+def release(fd: int | None) -> None:
+    """Close `fd`, if there is one."""
+    if fd is not None:
+        os.close(fd)
