@@ -1,0 +1,10 @@
+"""A cable whose two ends are the same."""
+
+from firmware.ports._port import Framing, Port
+
+
+class LoopbackPort(Port):
+    """Every frame comes back to its sender."""
+
+    kind = "loopback"
+    framing = Framing.LOOPBACK
