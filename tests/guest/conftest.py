@@ -1,0 +1,126 @@
+"""Fixtures for tests that boot a guest: everything below this folder is marked ``guest``.
+
+A fixture whose demands this host cannot meet skips the test and says why. With ``CI=true`` in the environment
+it fails instead, so that a green run there means that every test ran.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Protocol
+
+import pytest
+
+from tests.guest import Card, Guest, GuestResult, Network, RigError, Root, boot
+from tests.guest import guest_root as make_guest_root
+
+_HERE = Path(__file__).parent
+_FIRST_USE_TIMEOUT = 600  # the first guest test of a fresh checkout downloads the rig
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(_HERE):
+            item.add_marker(pytest.mark.guest)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(_FIRST_USE_TIMEOUT))
+
+
+def _cannot(reason: RigError) -> NoReturn:
+    if os.environ.get("CI", "").lower() == "true":
+        pytest.fail(f"with CI=true no guest test is skipped, yet: {reason}", pytrace=False)
+    pytest.skip(str(reason))
+
+
+class Booting:
+    """A guest about to be booted: ``await`` it for its result, or steer it inside ``async with``."""
+
+    def __init__(self, guest: AbstractAsyncContextManager[Guest], check: bool, clean_stderr: bool) -> None:
+        self._guest = guest
+        self._check = check
+        self._clean_stderr = clean_stderr
+
+    async def _run(self) -> GuestResult:
+        async with self._guest as guest:
+            return await guest.wait(check=self._check, clean_stderr=self._clean_stderr)
+
+    def __await__(self) -> Generator[Any, Any, GuestResult]:
+        return self._run().__await__()
+
+    async def __aenter__(self) -> Guest:
+        return await self._guest.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return await self._guest.__aexit__(kind, error, trace)
+
+
+class BootGuest(Protocol):
+    """The type of the fixture `boot_guest`; further keywords are those of `tests.guest.boot`."""
+
+    def __call__(
+        self,
+        script: str,
+        sockets: Sequence[Path | str | Card] = (),
+        *,
+        check: bool = True,
+        clean_stderr: bool = True,
+        **options: Any,
+    ) -> Booting: ...
+
+
+@pytest.fixture(scope="session")
+def guest_root() -> Root:
+    """QEMU, kernel and initramfs; the first use on a machine downloads them."""
+    try:
+        return make_guest_root()
+    except RigError as missing:
+        _cannot(missing)
+
+
+@pytest.fixture
+def boot_guest(guest_root: Root) -> BootGuest:
+    """Boot a guest in one line: ``result = await boot_guest("lspci", [socket])``, or ``async with`` to steer
+    it.
+    """
+
+    def start(
+        script: str,
+        sockets: Sequence[Path | str | Card] = (),
+        *,
+        check: bool = True,
+        clean_stderr: bool = True,
+        **options: Any,
+    ) -> Booting:
+        return Booting(boot(script, sockets, root=guest_root, **options), check, clean_stderr)
+
+    return start
+
+
+@pytest.fixture
+def make_network() -> Iterator[Callable[..., Network]]:
+    """Make networks with the arguments of `tests.guest.Network`; the test's end takes them down."""
+    made: list[Network] = []
+
+    def make(**options: Any) -> Network:
+        try:
+            network = Network(**options).__enter__()
+        except RigError as missing:
+            _cannot(missing)
+        made.append(network)
+        return network
+
+    yield make
+    for network in reversed(made):
+        network.__exit__(None, None, None)
+
+
+@pytest.fixture
+def network(make_network: Callable[..., Network]) -> Network:
+    """A network namespace of the test's own with a TAP device in it, up and with addresses."""
+    return make_network()
