@@ -1,0 +1,61 @@
+"""What a test demands of the host by a marker, and what becomes of one whose demand this host cannot meet.
+
+It is skipped and says why. With ``CI=true`` in the environment it fails instead, so that a green run there means
+that every test ran; the guests' own fixtures in tests/guest keep the same rule.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import NoReturn
+
+import pytest
+
+
+def cannot(reason: str) -> NoReturn:
+    """End the running test: it is skipped, or with ``CI=true`` it fails."""
+    if os.environ.get("CI", "").lower() == "true":
+        pytest.fail(f"with CI=true no test is skipped, yet: {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+def _unopenable(device: str) -> str | None:
+    try:
+        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return f"{device} cannot be opened: {error.strerror}"
+    return None
+
+
+def _missing_root() -> str | None:
+    if os.geteuid() != 0:
+        return "it makes TAP devices and network namespaces, which needs root"
+    if error := _unopenable("/dev/net/tun"):
+        return f"{error}; `modprobe tun`, or pass it to this container"
+    return None
+
+
+def _missing_kvm() -> str | None:
+    return _unopenable("/dev/kvm")
+
+
+# What each marker demands: None, or a line that says what is missing.
+_DEMANDS: dict[str, Callable[[], str | None]] = {"root": _missing_root, "kvm": _missing_kvm}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker, missing in _DEMANDS.items():
+        if item.get_closest_marker(marker) and (reason := missing()):
+            cannot(reason)
+
+
+@pytest.fixture
+def demand() -> Callable[[bool, str], None]:
+    """``demand(condition, reason)``: end the test as a marker would when the host lacks something else."""
+
+    def check(met: bool, reason: str) -> None:
+        if not met:
+            cannot(reason)
+
+    return check
