@@ -1,7 +1,7 @@
 """What a test demands of the host by a marker, and what becomes of one whose demand this host cannot meet.
 
-It is skipped and says why. With ``CI=true`` in the environment it fails instead, so that a green run there means
-that every test ran; the guests' own fixtures in tests/guest keep the same rule.
+It is skipped and says why. With ``CI=true`` in the environment it fails instead, so that a green run there
+means that every test ran; the guests' own fixtures in tests/guest keep the same rule.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import pytest
+import trio
 
 
 def cannot(reason: str) -> NoReturn:
@@ -37,7 +38,17 @@ def _missing_root() -> str | None:
 
 
 def _missing_kvm() -> str | None:
-    return _unopenable("/dev/kvm")
+    if error := _unopenable("/dev/kvm"):
+        return error
+    # A device that opens may still run no ordinary kernel; the rig found out by booting one, and remembers.
+    from tests.guest import RigError, guest_root
+    from tests.guest._machine import accelerator
+
+    try:
+        accel = trio.run(accelerator, guest_root())
+    except RigError as error_of_rig:
+        return str(error_of_rig)
+    return None if accel == "kvm" else "/dev/kvm is there, but no guest comes up with it on this host"
 
 
 # What each marker demands: None, or a line that says what is missing.
