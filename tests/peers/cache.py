@@ -1,4 +1,4 @@
-"""A directory of things that are costly to make: each is made once, whole or not at all, by one process at a time."""
+"""Things that are costly to make, kept: each is made once, whole or not at all, by one process at a time."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def _locked(path: Path) -> Iterator[None]:
 def cached(name: str, recipe: str, build: Callable[[Path], None]) -> Path:
     """Give the directory that `build` filled for this very `recipe`, filling it now if nobody did before.
 
-    `build` receives an empty directory. It becomes visible under its final name only after `build` returned, so an
-    interrupted or failed build leaves nothing behind that a later run could mistake for the real thing. Other
-    processes that want the same thing wait meanwhile. Results of other recipes of the same name stay where they are:
-    somebody may be running them.
+    `build` receives an empty directory. It becomes visible under its final name only after `build` returned,
+    so an interrupted or failed build leaves nothing behind that a later run could mistake for the real thing.
+    Other processes that want the same thing wait meanwhile. Results of other recipes of the same name stay
+    where they are: somebody may be running them.
     """
     root = cache_root()
     final = root / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""Source packages of another Debian release, from the mirror that this host uses, without touching the host's apt."""
+"""Source packages of another Debian release, from this host's mirror, without touching this host's apt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KEYRINGS = [
 
 
 def run(command: Sequence[str | Path], *, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-    """Run a command to its end and return what it printed; a failure quotes the command and its last words."""
+    """Run a command to its end and return what it printed; a failure quotes it and its last words."""
     try:
         done = subprocess.run(
             command, cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True, check=False
@@ -69,12 +69,12 @@ def _configured_uris() -> Iterator[str]:
 
 
 def mirror() -> str:
-    """The Debian archive to fetch from: ``$TRIONIC_DEBIAN_MIRROR``, or the main archive among the host's apt sources."""
+    """The Debian archive to fetch from: ``$TRIONIC_DEBIAN_MIRROR``, or the one in the host's apt sources."""
     chosen = os.environ.get("TRIONIC_DEBIAN_MIRROR")
     if chosen:
         return chosen.rstrip("/")
     for uri in _configured_uris():
-        # The security archive and foreign archives lie under other names; only the main one holds every release.
+        # The security archive and foreign archives have other names; only the main one holds every release.
         if re.fullmatch(r"(https?|ftp|file|mirror\+\w+)://?.*/debian/?", uri):
             return uri.rstrip("/")
     raise PeerError(
@@ -91,10 +91,10 @@ def _keyring() -> Path:
 
 
 class IsolatedApt:
-    """An apt that knows one suite's source packages and keeps index, cache and settings in a directory of its own.
+    """An apt that knows one suite's source packages and keeps index, cache and settings in its own directory.
 
-    Whatever it downloads is verified against Debian's archive keys. The host's package lists, sources and installed
-    packages are neither read nor changed; its general settings (proxies, for example) do apply.
+    Whatever it downloads is verified against Debian's archive keys. The host's package lists, sources and
+    installed packages are neither read nor changed; its general settings (proxies, for example) do apply.
     """
 
     def __init__(self, home: Path, suite: str) -> None:
@@ -131,7 +131,7 @@ class IsolatedApt:
         )
 
     def fetch_source(self, package: str, into: Path) -> Path:
-        """Download a source package, unpacked by nobody yet; the answer is its ``.dsc`` file inside `into`."""
+        """Download a source package, not yet unpacked; the answer is its ``.dsc`` file inside `into`."""
         into.mkdir(parents=True, exist_ok=True)
         # An index that cannot be fetched is an error here, not the warning that apt makes of it by default.
         self._apt_get("-o", "APT::Update::Error-Mode=any", "update")

@@ -1,7 +1,8 @@
 """The real libvfio-user, as the shared object that Debian would ship if it packaged the library on its own.
 
-Debian has it only inside QEMU's source package, at the revision QEMU was released with (the API of June 2022: BAR sizes
-in 32 bits, 3-argument ``vfu_setup_device_dma``). ``python -m tests.peers.libvfio_user`` prints where it lies.
+Debian has it only inside QEMU's source package, at the revision QEMU was released with (the API of June 2022:
+BAR sizes in 32 bits, 3-argument ``vfu_setup_device_dma``). ``python -m tests.peers.libvfio_user`` prints where
+it lies.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class LibvfioUser:
 
     @property
     def compile_flags(self) -> list[str]:
-        """What gcc needs to build a program against this library and to find it again when the program runs."""
+        """What gcc needs to build a program against this library that finds it again when it runs."""
         return [f"-I{self.include}", str(self.library), f"-Wl,-rpath,{self.library.parent}"]
 
 

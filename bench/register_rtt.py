@@ -1,0 +1,299 @@
+"""The price of one register: round trips of a 4-byte BAR read, beside a C server on libvfio-user.
+
+``python -m bench.register_rtt --help`` tells how to run it, ``bench/README.md`` what its numbers mean.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from bench._servers import DEFAULT_COMMAND, Server, libvfio_user_command, register_client, running
+from tests.peers.cache import PeerError
+
+SERVER_CPU = 0
+OURS, THEIRS = "trionic", "libvfio-user"
+LISTENING_TARGET = 0.2
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One way for server and client to share the CPUs, and how close to the C server it should come."""
+
+    name: str
+    what: str
+    target: float
+    """The largest acceptable ratio of medians, ours to theirs."""
+    client_cpu: int
+    reads: int
+    client_flags: tuple[str, ...] = ()
+    poll: bool = False
+    turns: int = 1
+    """Rounds here for each round asked for: many short ones where two runs of the same server differ most."""
+
+
+SCENARIOS = [
+    Scenario("one-core", "both on one CPU, both sleep: software alone", 1.35, 0, 6000),
+    Scenario(
+        "asleep", "a CPU each, both asleep before each read", 1.05, 1, 300, ("-p", "200", "-u", "30"), turns=4
+    ),
+    Scenario("poll", "a CPU each, neither sleeps", 1.25, 1, 20000, ("-s",), poll=True),
+]
+
+
+@dataclass(frozen=True)
+class Register:
+    """What is read."""
+
+    region: int
+    offset: int
+    width: int
+
+    def flags(self) -> list[str]:
+        """The client's options that choose it."""
+        return ["-r", str(self.region), "-o", str(self.offset), "-w", str(self.width)]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Percentiles in microseconds; over all rounds, each is the median of the rounds' own."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a scenario measured."""
+
+    scenario: str
+    ours: Latency | None
+    theirs: Latency | None
+    ratio: float
+    """The median over rounds of (our p50 / their p50); seconds for `listening`."""
+    spread: tuple[float, float]
+    """The least and the greatest of the same."""
+    target: float
+
+    @property
+    def met(self) -> bool:
+        """Whether the target is reached."""
+        return self.ratio <= self.target
+
+
+def _percentiles(sample: Sequence[int]) -> Latency:
+    ordered = sorted(sample)
+    at = [ordered[len(ordered) * percent // 100] / 1000 for percent in (50, 90, 99)]
+    return Latency(*at)
+
+
+def _typical(rounds: Sequence[Latency]) -> Latency:
+    return Latency(
+        statistics.median(one.p50 for one in rounds),
+        statistics.median(one.p90 for one in rounds),
+        statistics.median(one.p99 for one in rounds),
+    )
+
+
+def _read_registers(client: Path, scenario: Scenario, register: Register, server: Server) -> Latency:
+    """One round of one server, which runs only as long as it is measured."""
+    command: list[str | Path] = [client, "-b", "-c", str(scenario.client_cpu), "-n", str(scenario.reads)]
+    command += [*scenario.client_flags, *register.flags(), server.path]
+    server.thaw()
+    try:
+        done = subprocess.run(command, capture_output=True, check=False, timeout=120)
+    except subprocess.TimeoutExpired:
+        raise PeerError(f"{server.path.stem} does not answer: `{shlex.join(map(str, command))}`") from None
+    finally:
+        server.freeze()
+    if done.returncode:
+        raise PeerError(f"{server.path.stem}: {done.stderr.decode(errors='replace').strip()}")
+    return _percentiles(array.array("I", done.stdout))
+
+
+def measure(
+    scenario: Scenario, commands: dict[str, str], register: Register, rounds: int, scratch: Path
+) -> Outcome:
+    """Run both servers through a scenario, turn by turn, the first one changing from round to round."""
+    client = register_client()
+    seen: dict[str, list[Latency]] = {name: [] for name in commands}
+    with ExitStack() as stack:
+        servers = {}
+        for name, command in commands.items():
+            path = scratch / f"{name}.sock"
+            servers[name] = stack.enter_context(running(command, path, SERVER_CPU))
+            servers[name].freeze()
+        for number in range(rounds * scenario.turns):
+            for name in list(servers)[:: 1 if number % 2 else -1]:
+                seen[name].append(_read_registers(client, scenario, register, servers[name]))
+    ratios = [ours.p50 / theirs.p50 for ours, theirs in zip(seen[OURS], seen[THEIRS], strict=True)]
+    return Outcome(
+        scenario.name,
+        _typical(seen[OURS]),
+        _typical(seen[THEIRS]),
+        statistics.median(ratios),
+        (min(ratios), max(ratios)),
+        scenario.target,
+    )
+
+
+def measure_listening(command: str, times: int, scratch: Path) -> Outcome:
+    """Seconds from exec until a client can connect.
+
+    The first start is not counted: it reads the disk and writes Python's compiled files.
+    """
+    taken = []
+    for _ in range(times + 1):
+        server = Server(command, scratch / "listening.sock")
+        try:
+            taken.append(server.wait_until_listening())
+        finally:
+            server.stop()
+    counted = taken[1:]
+    return Outcome(
+        "listening", None, None, statistics.median(counted), (min(counted), max(counted)), LISTENING_TARGET
+    )
+
+
+def _cells(outcome: Outcome) -> list[str]:
+    def told(latency: Latency | None) -> list[str]:
+        return ["", ""] if latency is None else [f"{latency.p50:.1f}", f"{latency.p99:.1f}"]
+
+    unit = " s" if outcome.scenario == "listening" else ""
+    low, high = outcome.spread
+    return [
+        outcome.scenario,
+        *told(outcome.ours),
+        *told(outcome.theirs),
+        f"{outcome.ratio:.2f}{unit}",
+        f"{low:.2f}-{high:.2f}",
+        f"{outcome.target:.2f}{unit}",
+        "[green]met[/]" if outcome.met else "[red]missed[/]",
+    ]
+
+
+def _table(outcomes: Sequence[Outcome]) -> Table:
+    table = Table(
+        title=f"One register read in us: {OURS} (A) beside {THEIRS} (B)",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("scenario", no_wrap=True)
+    for heading in ("A p50", "p99", "B p50", "p99", "A / B", "rounds", "target", ""):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for outcome in outcomes:
+        table.add_row(*_cells(outcome))
+    return table
+
+
+def _as_json(outcomes: Sequence[Outcome]) -> str:
+    return json.dumps([asdict(outcome) | {"met": outcome.met} for outcome in outcomes], indent=2)
+
+
+NAMES = [scenario.name for scenario in SCENARIOS]
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "-s",
+    "--scenario",
+    "chosen",
+    multiple=True,
+    type=click.Choice([*NAMES, "listening"]),
+    help="Run only this one; repeat for several.  [default: all]",
+)
+@click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Turns of each server.")
+@click.option(
+    "--server-command",
+    metavar="COMMAND",
+    default=DEFAULT_COMMAND,
+    help="The server to measure; {socket} is replaced by a path.  [default: `trionic serve` of this tree]",
+)
+@click.option(
+    "--poll-arguments",
+    metavar="ARGS",
+    default="--poll 1000",
+    show_default=True,
+    help="What makes that server spin; appended in the scenario `poll`.",
+)
+@click.option("--region", type=click.IntRange(0), default=0, show_default=True, help="Read this region.")
+@click.option("--offset", type=click.IntRange(0), default=0, show_default=True, help="Read at this offset.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--check", is_flag=True, help="Exit with status 1 when a target is missed.")
+def main(
+    chosen: tuple[str, ...],
+    rounds: int,
+    server_command: str,
+    poll_arguments: str,
+    region: int,
+    offset: int,
+    as_json: bool,
+    check: bool,
+) -> None:
+    """Measure what a register read costs, as a ratio to the same read from a C server on libvfio-user.
+
+    Both servers run throughout and take turns in every round, so a busy machine slows both; the ratio is
+    what remains. The C library is built on first use from Debian's sources, which takes some ten seconds,
+    a network and, to install its one dependency, root.
+
+    \b
+    Scenarios:
+      one-core   server and client on one CPU, both sleep: the cost of software alone
+      asleep     a CPU each, asleep before each read: what a driver's rare register access sees
+      poll       a CPU each, neither sleeps: the least latency
+      listening  from starting the program to the first connection, in seconds
+
+    \b
+    Examples:
+      python -m bench.register_rtt
+      python -m bench.register_rtt -s one-core --rounds 30
+      python -m bench.register_rtt --check --json > register_rtt.json
+      python -m bench.register_rtt --server-command './my_server {socket}' --poll-arguments --spin
+    """
+    console = Console(stderr=True)
+    names = chosen or (*NAMES, "listening")
+    register = Register(region, offset, 4)
+    outcomes: list[Outcome] = []
+    if {0, 1} - os.sched_getaffinity(0):
+        raise click.ClickException("this benchmark pins to CPUs 0 and 1, which this process may not both use")
+    try:
+        with tempfile.TemporaryDirectory(prefix="register-rtt-") as directory:
+            scratch = Path(directory)
+            for scenario in SCENARIOS:
+                if scenario.name not in names:
+                    continue
+                with console.status(f"{scenario.name}: {scenario.what}"):
+                    ours = f"{server_command} {poll_arguments}" if scenario.poll else server_command
+                    commands = {OURS: ours, THEIRS: libvfio_user_command(poll=scenario.poll)}
+                    outcomes.append(measure(scenario, commands, register, rounds, scratch))
+            if "listening" in names:
+                with console.status("listening"):
+                    outcomes.append(measure_listening(server_command, rounds, scratch))
+    except PeerError as error:
+        raise click.ClickException(str(error)) from error
+    if as_json:
+        print(_as_json(outcomes))
+    else:
+        Console().print(_table(outcomes))
+    if check and not all(outcome.met for outcome in outcomes):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
