@@ -3,8 +3,8 @@
 Guarantees:
 
 - The file is never open to others than its owner, not even between ``bind`` and a ``chmod``: Linux takes a
-  bound socket's file mode from the mode of the unbound socket (``net/unix/af_unix.c``, ``unix_bind_bsd``), so
-  the mode is set first and the process's umask, which other threads share, is left alone.
+  bound socket's file mode from the mode of the unbound socket (``net/unix/af_unix.c``, ``unix_bind_bsd``),
+  so the mode is set first and the process's umask, which other threads share, is left alone.
 - A socket file that nobody listens on is replaced; one that somebody listens on, or that is no socket, is
   refused.
 - Two servers that start at once cannot both replace the same stale file: the folder is locked meanwhile.
@@ -34,8 +34,9 @@ __all__ = ["BACKLOG", "MAX_PATH_BYTES", "Listener"]
 # sun_path of struct sockaddr_un holds 108 bytes with its final NUL (linux/un.h).
 MAX_PATH_BYTES: Final = 107
 
-# Clients that may wait while another is served. A card has one client; a second one waits here, which is what
-# lets QEMU's device_del and device_add follow each other faster than the old connection's end is noticed.
+# Clients that may wait while another is served. A card has one client; a second one waits here, which is
+# what lets QEMU's device_del and device_add follow each other faster than the old connection's end is
+# noticed.
 BACKLOG: Final = 4
 
 # Only the owner connects: whoever can connect can read and write what the card can.
@@ -48,7 +49,8 @@ _ACCEPT_AGAIN: Final = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EINTR}
 _ACCEPT_LATER: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _ACCEPT_PAUSE_S: Final = 0.1
 
-# Servers hold the folder for the few calls that make a socket; whoever holds it for longer is somebody else.
+# Servers hold the folder for the few calls that make a socket; whoever holds it for longer is somebody
+# else.
 _LOCK_TRIES: Final = 50
 _LOCK_PAUSE_S: Final = 0.01
 

@@ -1,0 +1,25 @@
+from collections.abc import Callable
+from enum import IntEnum
+
+class Outcome(IntEnum):
+    EMPTY = 0
+    TURN = 1
+    OTHER = 2
+    BLOCKED = 3
+    GONE = 4
+
+class Drain:
+    direct: bool
+    credit: int
+    def __init__(
+        self,
+        fd: int,
+        read: Callable[[int, int, int], bytes],
+        write: Callable[[int, int, bytes], None],
+        failed: Callable[[int, Exception], int],
+        *,
+        poll_us: int = 0,
+    ) -> None: ...
+    def run(self) -> int: ...
+    def take(self) -> tuple[memoryview, list[int], bool]: ...
+    def take_unsent(self) -> bytes: ...

@@ -1,0 +1,50 @@
+"""The eventfd with which a client says that an interrupt was handled, watched while the device has it.
+
+The descriptor that is watched is this module's own copy. The device closes its one when it likes, and a
+closed descriptor cannot be taken out of epoll any more while the client holds the same file open.
+"""
+
+from __future__ import annotations
+
+import os
+
+import trio
+
+from device.function import IrqKind, PciFunction
+from protocol import Command, Request
+from protocol.messages import SetIrqs
+
+__all__ = ["Resample"]
+
+
+class Resample:
+    """Keeps one task of ``nursery`` waiting for what ``function`` wants to be told of, or none."""
+
+    def __init__(self, function: PciFunction, nursery: trio.Nursery) -> None:
+        self._function = function
+        self._nursery = nursery
+        self._watched: trio.CancelScope | None = None
+
+    def follow(self, request: Request) -> None:
+        """Call after ``request`` was handled: from then on what the device has now is watched."""
+        if request.command is not Command.DEVICE_SET_IRQS:
+            return
+        if not isinstance(request.body, SetIrqs) or request.body.index != IrqKind.INTX:
+            return
+        if self._watched is not None:
+            self._watched.cancel()
+            self._watched = None
+        if self._function.unmask_fd is not None:
+            self._watched = trio.CancelScope()
+            self._nursery.start_soon(self._watch, os.dup(self._function.unmask_fd), self._watched)
+
+    async def _watch(self, fd: int, scope: trio.CancelScope) -> None:
+        try:
+            with scope:
+                while self._function.unmask_fd is not None:
+                    await trio.lowlevel.wait_readable(fd)
+                    if not scope.cancel_called:
+                        self._function.unmask_fd_fired()
+        finally:
+            trio.lowlevel.notify_closing(fd)
+            os.close(fd)

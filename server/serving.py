@@ -1,0 +1,54 @@
+"""Many cards in one process: each has its own socket, and one client at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import trio
+
+from device.function import PciFunction
+from server.limits import SessionLimits
+from server.listener import Listener
+from server.session import Session
+
+__all__ = ["serve"]
+
+log = logging.getLogger("trionic.server")
+
+
+async def serve(
+    cards: Sequence[tuple[PciFunction, Path]],
+    *,
+    poll_us: int = 0,
+    limits: SessionLimits | None = None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve each function at its path until cancelled; started once all of them listen.
+
+    ``poll_us``: microseconds to spin for a client's next message before sleeping. A second client of a card
+    waits until the first has left. Sockets are removed at the end, however it comes; the functions are left
+    to whoever made them. Raises `SocketPathError` before any card is served, if one of the sockets cannot
+    be made.
+    """
+    with contextlib.ExitStack() as sockets:
+        listeners = [sockets.enter_context(Listener(path)) for _, path in cards]
+        async with trio.open_nursery() as nursery:
+            for (function, _), listener in zip(cards, listeners, strict=True):
+                nursery.start_soon(_serve_card, function, listener, poll_us, limits)
+            task_status.started()
+
+
+async def _serve_card(
+    function: PciFunction, listener: Listener, poll_us: int, limits: SessionLimits | None
+) -> None:
+    while True:
+        client = await listener.accept()
+        log.info("%s: client connected", function.name)
+        try:
+            await Session(function, client, poll_us=poll_us, limits=limits).run()
+        except Exception:
+            # A mistake in one card's code ends one client's stay, not the other cards.
+            log.exception("%s: session failed", function.name)
