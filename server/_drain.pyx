@@ -223,7 +223,7 @@ cdef class Drain:
             with nogil:
                 sched_yield()
                 count = _take(self._fd, &message)
-        if count >= 0 and message.msg_controllen:
+        if count >= 0 and (message.msg_controllen or message.msg_flags & MSG_CTRUNC):
             self._collect_fds(&message)
         return count
 

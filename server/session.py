@@ -16,9 +16,12 @@ from __future__ import annotations
 
 import array
 import errno
+import fcntl
 import logging
 import os
 import socket
+import sys
+import termios
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Final
@@ -41,8 +44,12 @@ log = logging.getLogger("trionic.server")
 _GONE: Final = frozenset({errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN, errno.ESHUTDOWN, errno.ETIMEDOUT})
 
 
-class _ClientGoneError(Exception):
-    """Nothing more comes from this client, or nothing more goes to it."""
+class _ClientLeftError(Exception):
+    """The client hung up, as every client does in the end."""
+
+
+class _ClientDroppedError(Exception):
+    """The client is hung up on, for the reason told."""
 
 
 class Session:
@@ -77,13 +84,14 @@ class Session:
                     self._resample = Resample(self._function, nursery)
                     try:
                         await self._serve()
-                    except _ClientGoneError as reason:
-                        log.info("%s: %s", self._function.name, reason)
+                    except _ClientLeftError:
+                        log.info("%s: client left", self._function.name)
+                    except _ClientDroppedError as reason:
+                        log.warning("%s: client dropped: %s", self._function.name, reason)
                     finally:
                         nursery.cancel_scope.cancel()
             if self._patience.cancelled_caught:
-                wanted = "taken no reply" if self._negotiated else "not said VERSION"
-                log.warning("%s: client dropped: it has %s for too long", self._function.name, wanted)
+                log.warning("%s: client dropped: it does not say VERSION", self._function.name)
         finally:
             self._end()
 
@@ -100,13 +108,13 @@ class Session:
             try:
                 outcome = drain.run()
             except OSError as error:
-                raise _ClientGoneError(f"client lost: {error.strerror}") from None
+                raise _gone(error) from None
             if outcome == Outcome.OTHER:
                 await self._take(*drain.take())
             elif outcome == Outcome.BLOCKED:
                 await self._send_rest(drain.take_unsent(), ())
             elif outcome == Outcome.GONE:
-                raise _ClientGoneError("client left")
+                raise _ClientLeftError
             else:
                 if outcome == Outcome.EMPTY:
                     await trio.lowlevel.wait_readable(self._socket)
@@ -142,7 +150,7 @@ class Session:
             if isinstance(event, Broken):
                 if event.farewell:
                     self._try_to_send(event.farewell, ())
-                raise _ClientGoneError(f"client dropped: {event.error}")
+                raise _ClientDroppedError(event.error)
 
     def _answer(self, event: Event) -> tuple[bytes, Sequence[int]]:
         match event:
@@ -181,16 +189,25 @@ class Session:
             await self._send_rest(message[sent:], () if sent else fds)
 
     async def _send_rest(self, rest: bytes, fds: Sequence[int]) -> None:
-        """Wait for the client to take what its socket did not; the wait counts from when it last took
-        something.
-        """
+        """Wait for the client to take what its socket did not, as long as it takes anything at all."""
         while rest:
-            self._patience.deadline = trio.current_time() + self._limits.send_deadline
-            await trio.lowlevel.wait_writable(self._socket)
+            await self._wait_writable()
             sent = self._try_to_send(rest, fds)
             if sent:
                 rest, fds = rest[sent:], ()
-        self._patience.deadline = float("inf")
+
+    async def _wait_writable(self) -> None:
+        untaken = _untaken(self._socket)
+        while True:
+            with trio.move_on_after(self._limits.send_deadline) as deadline:
+                await trio.lowlevel.wait_writable(self._socket)
+            if not deadline.cancelled_caught:
+                return
+            # Linux reports a unix socket as writable only when most of its buffer is free, so a client that
+            # reads slowly is known by what is left there alone.
+            before, untaken = untaken, _untaken(self._socket)
+            if untaken >= before:
+                raise _ClientDroppedError("it takes no replies")
 
     def _try_to_send(self, message: bytes | memoryview, fds: Sequence[int]) -> int:
         """How many bytes the socket takes now."""
@@ -205,12 +222,15 @@ class Session:
             raise _gone(error) from None
 
 
+def _untaken(client: socket.socket) -> int:
+    """Bytes sent that the client has not taken (unix(7), SIOCOUTQ)."""
+    return int.from_bytes(fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
 def _close_all(fds: Iterable[int]) -> None:
     for fd in fds:
         os.close(fd)
 
 
-def _gone(error: OSError) -> _ClientGoneError:
-    if error.errno in _GONE:
-        return _ClientGoneError("client left")
-    return _ClientGoneError(f"client lost: {error.strerror}")
+def _gone(error: OSError) -> _ClientLeftError | _ClientDroppedError:
+    return _ClientLeftError() if error.errno in _GONE else _ClientDroppedError(error.strerror)

@@ -1,4 +1,4 @@
-"""A client written from the specification's tables alone: what it packs and parses shares no code with the server."""
+"""A client written from the specification's tables alone: it shares no code with the server."""
 
 import array
 import json
@@ -42,9 +42,9 @@ class Message:
         for fd in self.fds:
             os.close(fd)
 
-    def unpack(self, format: str) -> tuple[Any, ...]:
+    def unpack(self, fields: str) -> tuple[Any, ...]:
         """The fields at the start of the payload."""
-        return struct.unpack_from("=" + format, self.payload)
+        return struct.unpack_from("=" + fields, self.payload)
 
 
 def message(

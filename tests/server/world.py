@@ -1,6 +1,5 @@
 """A small real PCI function behind a real server on a real socket."""
 
-import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -89,7 +88,7 @@ def open_fds() -> set[str]:
     found = set()
     for entry in Path("/proc/self/fd").iterdir():
         try:
-            found.add(f"{entry.name} {os.readlink(entry)}")
+            found.add(f"{entry.name} {entry.readlink()}")
         except FileNotFoundError:
             continue  # the one that lists the folder
     return found

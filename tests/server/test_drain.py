@@ -1,0 +1,304 @@
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from device.errors import DeviceError
+from protocol import Connection, Negotiated, Refused, Request, Role
+from protocol.messages import RegionAccess
+from server._drain import Drain, Outcome
+from server.limits import RECEIVE_SIZE
+from tests.server.raw import GET_INFO, NO_REPLY, REGION_READ, REGION_WRITE, access, message, version
+
+MEMORY = 4096
+
+
+class Memory:
+    """One region of bytes, and what was refused."""
+
+    def __init__(self) -> None:
+        self.bytes = bytearray(MEMORY)
+        self.failures: list[tuple[int, Exception]] = []
+
+    def read(self, region: int, offset: int, count: int) -> bytes:
+        """The bytes there."""
+        self._check(region, offset, count)
+        return bytes(self.bytes[offset : offset + count])
+
+    def write(self, region: int, offset: int, data: bytes) -> None:
+        """Put bytes there."""
+        self._check(region, offset, len(data))
+        self.bytes[offset : offset + len(data)] = data
+
+    def failed(self, command: int, error: Exception) -> int:
+        """The errno for the reply."""
+        self.failures.append((command, error))
+        return error.errno or 5 if isinstance(error, DeviceError) else 5
+
+    def _check(self, region: int, offset: int, count: int) -> None:
+        if region or offset + count > MEMORY:
+            raise DeviceError(22, "outside")
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        yield ours, theirs
+
+
+def drain_of(memory: Memory, ours: socket.socket) -> Drain:
+    drain = Drain(ours.fileno(), memory.read, memory.write, memory.failed)
+    drain.direct = True
+    drain.credit = 1_000_000
+    return drain
+
+
+# --- the fast road and the slow one lead to the same place
+
+
+def negotiated() -> Connection:
+    engine = Connection(Role.SERVER)
+    (event,) = engine.receive(version())
+    assert isinstance(event, Negotiated)
+    return engine
+
+
+def answer(engine: Connection, memory: Memory, data: bytes | memoryview) -> bytes:
+    """What the engine alone has to say."""
+    said = b""
+    for event in engine.receive(data):
+        assert isinstance(event, Request | Refused)
+        if isinstance(event, Refused):
+            said += engine.error(event, event.errno)
+            continue
+        body = event.body
+        assert isinstance(body, RegionAccess)
+        try:
+            if event.command == REGION_READ:
+                said += engine.reply(event, body, memory.read(body.region, body.offset, body.count))
+            else:
+                memory.write(body.region, body.offset, event.data)
+                said += engine.reply(event, body)
+        except DeviceError as error:
+            said += engine.error(event, error.errno or 5)
+    return said
+
+
+counts = st.sampled_from([0, 1, 2, 4, 8, 63, 64, 65, 200])
+offsets = st.one_of(st.integers(0, MEMORY + 10), st.integers((1 << 64) - 80, (1 << 64) - 1))
+
+
+@st.composite
+def accesses(draw: st.DrawFn) -> bytes:
+    """A register access, mostly sound."""
+    command = draw(st.sampled_from([REGION_READ, REGION_WRITE]))
+    count = draw(counts)
+    payload = access(draw(offsets), draw(st.sampled_from([0, 0, 0, 1, 0xFFFFFFFF])), count)
+    extra = draw(st.sampled_from([0, 0, 0, 0, 1, -1]))
+    if command == REGION_WRITE:
+        payload += draw(st.binary(min_size=max(0, count + extra), max_size=max(0, count + extra)))
+    elif extra > 0:
+        payload += b"x"
+    flags = draw(st.sampled_from([0, 0, NO_REPLY, 0x20, 0x40]))
+    return message(command, payload, message_id=draw(st.integers(0, 0xFFFF)), flags=flags)
+
+
+@given(st.lists(accesses(), max_size=20), st.lists(st.integers(1, 300), max_size=20))
+def test_it_says_what_the_engine_says_however_the_stream_is_cut(
+    messages: list[bytes], cuts: list[int]
+) -> None:
+    stream = b"".join(messages)
+    expected_memory, memory = Memory(), Memory()
+    expected = answer(negotiated(), expected_memory, stream)
+    engine = negotiated()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        ours.setblocking(False)
+        drain = drain_of(memory, ours)
+        said = b""
+        while stream:
+            cut = cuts.pop() if cuts else len(stream)
+            theirs.send(stream[:cut])
+            stream = stream[cut:]
+            while (outcome := drain.run()) != Outcome.EMPTY:
+                assert outcome == Outcome.OTHER
+                data, fds, lost = drain.take()
+                assert (fds, lost) == ([], False)
+                ours.sendall(answer(engine, memory, data))
+                drain.direct = engine.at_boundary
+        ours.shutdown(socket.SHUT_WR)
+        while piece := theirs.recv(1 << 16):
+            said += piece
+    assert said == expected
+    assert memory.bytes == expected_memory.bytes
+
+
+# --- outcomes
+
+
+def test_nothing_there_is_empty(pair: tuple[socket.socket, socket.socket]) -> None:
+    assert drain_of(Memory(), pair[0]).run() == Outcome.EMPTY
+
+
+def test_a_peer_that_hung_up_is_gone(pair: tuple[socket.socket, socket.socket]) -> None:
+    pair[1].close()
+    assert drain_of(Memory(), pair[0]).run() == Outcome.GONE
+
+
+def test_a_peer_that_hung_up_with_replies_unread_is_gone(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    ours.send(b"unread")
+    theirs.send(message(REGION_READ, access(0, 0, 4)))
+    theirs.close()
+    assert drain_of(Memory(), ours).run() == Outcome.GONE
+
+
+def test_used_up_credit_ends_the_turn_and_loses_nothing(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    drain = drain_of(Memory(), ours)
+    theirs.send(message(REGION_READ, access(0, 0, 4)) * 5)
+    for _ in range(2):
+        drain.credit = 2
+        assert drain.run() == Outcome.TURN
+        assert len(theirs.recv(1000)) == 2 * 36
+    drain.credit = 2
+    assert drain.run() == Outcome.EMPTY
+    assert len(theirs.recv(1000)) == 36
+
+
+def test_what_it_may_not_answer_goes_to_the_engine(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    drain = drain_of(Memory(), ours)
+    drain.direct = False
+    theirs.send(message(REGION_READ, access(0, 0, 4)))
+    assert drain.run() == Outcome.OTHER
+    assert bytes(drain.take()[0]) == message(REGION_READ, access(0, 0, 4))
+    assert drain.run() == Outcome.EMPTY
+
+
+def test_the_engine_gets_all_from_the_first_message_on_that_is_not_answered_here(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    drain = drain_of(Memory(), ours)
+    rest = message(GET_INFO, bytes(16)) + message(REGION_READ, access(0, 0, 4))
+    theirs.send(message(REGION_READ, access(0, 0, 4)) + rest)
+    assert drain.run() == Outcome.OTHER
+    assert bytes(drain.take()[0]) == rest
+    assert len(theirs.recv(1000)) == 36
+
+
+def test_descriptors_go_to_the_engine_with_everything_that_came_along(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    drain = drain_of(Memory(), ours)
+    sent = message(REGION_READ, access(0, 0, 4)) * 2
+    socket.send_fds(theirs, [sent], [0, 1, 2])
+    assert drain.run() == Outcome.OTHER
+    data, fds, lost = drain.take()
+    assert (bytes(data), len(fds), lost) == (sent, 3, False)
+    for fd in fds:
+        assert not os.get_inheritable(fd)
+        os.close(fd)
+    assert drain.take()[1:] == ([], False)
+
+
+def test_a_reply_that_does_not_fit_is_kept(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    drain = drain_of(Memory(), ours)
+    requests = replies = 0
+    outcome = Outcome.EMPTY
+    while outcome == Outcome.EMPTY:
+        theirs.send(message(REGION_READ, access(0, 0, 64)))
+        requests += 1
+        outcome = Outcome(drain.run())
+    assert outcome == Outcome.BLOCKED
+    rest = drain.take_unsent()
+    assert drain.take_unsent() == b""
+    received = b""
+    while len(received) < (requests - 1) * 96:
+        received += theirs.recv(1 << 16)
+    received += rest
+    while received:
+        assert struct.unpack_from("=I", received, 4) == (96,)
+        received = received[96:]
+        replies += 1
+    assert replies == requests
+
+
+def test_a_broken_socket_is_an_error() -> None:
+    read_end, write_end = os.pipe()
+    memory = Memory()
+    drain = Drain(read_end, memory.read, memory.write, memory.failed)
+    drain.credit = 1
+    with pytest.raises(OSError, match="Socket operation on non-socket"):
+        drain.run()
+    os.close(read_end)
+    os.close(write_end)
+
+
+def test_without_credit_nothing_is_taken(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    drain = drain_of(Memory(), ours)
+    drain.credit = 0
+    theirs.send(b"x" * 10)
+    assert drain.run() == Outcome.TURN
+    assert ours.recv(100) == b"x" * 10
+
+
+def test_more_than_one_buffer_is_taken_piece_by_piece(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    drain = drain_of(Memory(), ours)
+    drain.direct = False
+    sent = theirs.send(b"x" * (2 * RECEIVE_SIZE))
+    received = 0
+    while drain.run() == Outcome.OTHER:
+        received += len(drain.take()[0])
+    assert received == sent
+
+
+# --- what the device says
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda *_: b"too short",
+        lambda *_: bytearray(4),
+        lambda *_: None,
+        lambda *_: 1 / 0,
+    ],
+)
+def test_a_device_that_answers_nonsense_is_reported(
+    pair: tuple[socket.socket, socket.socket], read: Callable[[int, int, int], bytes]
+) -> None:
+    ours, theirs = pair
+    memory = Memory()
+    drain = Drain(ours.fileno(), read, memory.write, memory.failed)
+    drain.direct = True
+    drain.credit = 10
+    theirs.send(message(REGION_READ, access(0, 0, 4), message_id=3))
+    assert drain.run() == Outcome.EMPTY
+    assert struct.unpack("=HHIII", theirs.recv(100)) == (3, REGION_READ, 16, 0x21, 5)
+    assert [command for command, _ in memory.failures] == [REGION_READ]
+
+
+def test_what_is_no_error_of_the_device_passes(pair: tuple[socket.socket, socket.socket]) -> None:
+    def interrupt(*_: object) -> bytes:
+        raise KeyboardInterrupt
+
+    ours, theirs = pair
+    drain = Drain(ours.fileno(), interrupt, Memory().write, Memory().failed)
+    drain.direct = True
+    drain.credit = 10
+    theirs.send(message(REGION_READ, access(0, 0, 4)))
+    with pytest.raises(KeyboardInterrupt):
+        drain.run()

@@ -1,0 +1,80 @@
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import trio
+
+from device.function import ResetKind
+from server import SocketBusyError, SocketPathError, serve
+from tests.server.raw import GET_INFO, connect
+from tests.server.world import Card, World, no_fd_leaks
+
+INFO = b"\x10" + bytes(15)
+
+
+async def test_one_process_serves_many_cards(tmp_path: Path) -> None:
+    with no_fd_leaks():
+        cards = [Card(f"card{number}") for number in range(8)]
+        paths = [tmp_path / f"{card.function.name}.sock" for card in cards]
+        served = [(card.function, path) for card, path in zip(cards, paths, strict=True)]
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve, served)
+            clients = [await connect(path) for path in paths]
+            for client in clients:
+                await client.negotiate()
+            for number, client in enumerate(clients):
+                await client.write(2, 0, bytes([number]))
+            for number, card in enumerate(cards):
+                assert card.memory.memory[0] == number
+            clients[0].close()
+            for client in clients[1:]:
+                await client.do(GET_INFO, INFO)
+                client.close()
+            nursery.cancel_scope.cancel()
+        assert not any(path.exists() for path in paths)
+        for card in cards:
+            card.function.close()
+
+
+async def test_a_card_in_the_middle_of_a_session_is_let_go_on_shutdown(tmp_path: Path) -> None:
+    path = tmp_path / "card.sock"
+    card = Card()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve, [(card.function, path)])
+        client = await connect(path)
+        await client.negotiate()
+        nursery.cancel_scope.cancel()
+    assert await client.hung_up()
+    assert card.resets == [ResetKind.LOST_CLIENT]
+    assert not path.exists()
+    client.close()
+    card.function.close()
+
+
+async def test_nothing_is_served_unless_all_can_be(tmp_path: Path) -> None:
+    with no_fd_leaks(), socket.socket(socket.AF_UNIX) as busy:
+        busy.bind(os.fspath(tmp_path / "busy"))
+        busy.listen()
+        cards = [Card(), Card()]
+        with pytest.raises(SocketBusyError):
+            await serve([(cards[0].function, tmp_path / "free"), (cards[1].function, tmp_path / "busy")])
+        assert not (tmp_path / "free").exists()
+        with pytest.raises(SocketPathError):
+            await serve([(cards[0].function, tmp_path / "no" / "folder")])
+        for card in cards:
+            card.function.close()
+
+
+async def test_a_session_that_fails_does_not_take_the_card_away(
+    served: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(kind: ResetKind) -> None:
+        raise RuntimeError("a mistake in the card's code")
+
+    client = await served.client()
+    served.function.on_reset = fail
+    client.close()
+    await served.client()
+    assert "session failed" in caplog.text
+    served.function.on_reset = served.card.resets.append
