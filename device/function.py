@@ -294,22 +294,22 @@ class PciFunction:
         with self.gate:
             log.info("%s: reset, %s", self.name, kind.value)
             self.on_reset(kind)
+            lost = kind is ResetKind.LOST_CLIENT
+            if lost:
+                self.interrupts.unwire_all()
+                self.dma.unmap_all()
             command = self.config.command
             self.config.reset()
             self.interrupts.reset()
             for part in self._capabilities:
                 part.adopt()
             self._command_written(command, self.config.command)
-            lost = kind is ResetKind.LOST_CLIENT
             for bar in self.bars.values():
                 if isinstance(bar, MemoryBar):
                     if lost:
                         bar.renew()
                     else:
                         bar.clear()
-            if lost:
-                self.interrupts.unwire_all()
-                self.dma.unmap_all()
 
     def function_level_reset(self) -> None:
         """`reset(ResetKind.FLR)`, for the PCI Express capability."""

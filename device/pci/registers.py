@@ -66,8 +66,7 @@ def w1c(high: int, low: int | None = None, *, reset: int = 0) -> Field:
 class Register:
     """The base of register declarations: `class Command(Register, width=16): MEMORY = rw(1)`.
 
-    The declaration is checked when the class is made: a field outside the width or over another one is a
-    TypeError.
+    The declaration is checked when the class is made: TypeError for fields that overlap or leave the width.
     """
 
     WIDTH: ClassVar[int] = 0  # bits, a multiple of 8
@@ -80,7 +79,6 @@ class Register:
     def __init_subclass__(cls, *, width: int) -> None:
         if width % 8 or width <= 0:
             raise TypeError(f"{cls.__name__}: a register is whole bytes, not {width} bits")
-        cls.WIDTH, cls.SIZE = width, width // 8
         fields = []
         taken = 0
         for name, declared in vars(cls).copy().items():
@@ -98,6 +96,7 @@ class Register:
                 )
             taken |= field.mask
             fields.append(field)
+        cls.WIDTH, cls.SIZE = width, width // 8
         cls.FIELDS = tuple(sorted(fields, key=lambda field: field.low))
         cls.WRITABLE = sum(field.mask for field in fields if field.access is Access.RW)
         cls.WRITE_ONE_CLEAR = sum(field.mask for field in fields if field.access is Access.W1C)

@@ -92,5 +92,7 @@ def arrange(capabilities: Sequence[Capability]) -> list[int]:
 
 def place_all(config: ConfigSpace, capabilities: Sequence[Capability], offsets: Sequence[int]) -> None:
     """Put `capabilities` at `offsets`, linked in that order."""
-    for capability, offset, following in zip(capabilities, offsets, [*offsets[1:], 0], strict=True):
+    following = 0
+    for capability, offset in reversed(list(zip(capabilities, offsets, strict=True))):
         capability.place(config, offset, following)
+        following = offset

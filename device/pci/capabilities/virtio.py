@@ -3,6 +3,7 @@
 from enum import IntEnum
 from typing import ClassVar
 
+from device.pci.bars import LAST_BAR
 from device.pci.capabilities.base import HEADER, Capability, Host
 from device.pci.registers import At, Byte, Dword, ScratchByte, ScratchDword
 
@@ -45,6 +46,8 @@ class VirtioCapability(Capability):
 
     def __init__(self, cfg_type: VirtioCfgType, bar: int, offset: int, length: int) -> None:
         super().__init__()
+        if not 0 <= bar <= LAST_BAR or offset < 0 or length < 0:
+            raise ValueError(f"{cfg_type.name}: there is nothing at {offset:#x} of BAR {bar}")
         self.cfg_type, self.bar, self.structure_offset, self.length = cfg_type, bar, offset, length
         self.resets |= {
             "CAP_LENGTH": self.SIZE,
@@ -57,10 +60,8 @@ class VirtioCapability(Capability):
     def connect(self, host: Host) -> None:
         """Check that the structure lies in one of the function's BARs."""
         bar = host.bars.get(self.bar)
-        if bar is None or self.structure_offset < 0 or self.structure_offset + self.length > bar.size:
-            raise ValueError(
-                f"{self.cfg_type.name}: BAR {self.bar} lacks {self.length:#x} bytes at {self.structure_offset:#x}"
-            )
+        if bar is None or self.structure_offset + self.length > bar.size:
+            raise ValueError(f"{self.cfg_type.name}: BAR {self.bar} has no {self.length:#x} bytes there")
 
 
 class VirtioNotify(VirtioCapability):

@@ -1,0 +1,61 @@
+"""Eventfds that belong to somebody else."""
+
+import errno
+import os
+
+import pytest
+
+from device.errors import DeviceError
+from device.interrupts._eventfd import borrow, drain, release, signal
+from tests.device.interrupts.listener import listeners
+
+FULL = (1 << 64) - 2  # the largest value an eventfd's counter takes; one more write would block
+
+
+def test_a_borrowed_eventfd_outlives_the_clients_copy() -> None:
+    with listeners(1) as (ear,):
+        fd = borrow(ear.fd)
+        signal(fd)
+        assert ear.heard() == 1
+        os.close(ear.fd)
+        signal(fd)
+        assert drain(fd)
+        ear.fd = fd
+
+
+def test_other_files_are_no_eventfds() -> None:
+    read_end, write_end = os.pipe()
+    try:
+        for fd in (read_end, write_end):
+            with pytest.raises(DeviceError) as refusal:
+                borrow(fd)
+            assert refusal.value.errno == errno.EINVAL
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+@pytest.mark.parametrize("fd", [-1, 1 << 30])
+def test_a_closed_fd_is_ebadf(fd: int) -> None:
+    with pytest.raises(DeviceError) as refusal:
+        borrow(fd)
+    assert refusal.value.errno == errno.EBADF
+
+
+@pytest.mark.parametrize("flags", [0, os.EFD_NONBLOCK])
+def test_signalling_a_full_counter_does_not_block(flags: int) -> None:
+    fd = os.eventfd(0, flags | os.EFD_CLOEXEC)
+    os.eventfd_write(fd, FULL)
+    signal(fd)
+    assert os.eventfd_read(fd) == FULL
+    release(fd)
+
+
+@pytest.mark.parametrize("flags", [0, os.EFD_NONBLOCK])
+def test_draining_never_blocks_and_says_whether_anything_was_there(flags: int) -> None:
+    fd = os.eventfd(0, flags | os.EFD_CLOEXEC)
+    assert not drain(fd)
+    os.eventfd_write(fd, 7)
+    assert drain(fd)
+    assert not drain(fd)
+    release(fd)
