@@ -4,6 +4,7 @@ script.
 
 from __future__ import annotations
 
+import codecs
 import math
 import re
 from collections import deque
@@ -19,6 +20,8 @@ class Transcript:
 
     def __init__(self, on_text: Callable[[str], None] | None = None) -> None:
         self._parts: list[str] = []
+        self._tail = ""
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         self._on_text = on_text
 
     @property
@@ -30,9 +33,12 @@ class Transcript:
         """Read the stream to its end."""
         try:
             async for chunk in stream:
-                self._parts.append(chunk.decode("utf-8", errors="replace"))
+                text = self._decode(chunk)
+                self._parts.append(text)
                 if self._on_text is not None:
-                    self._on_text(self.text[-4096:])
+                    # A mark may have come in two pieces; no mark is longer than this.
+                    self._tail = self._tail[-100:] + text
+                    self._on_text(self._tail)
         except trio.BrokenResourceError:
             return
 

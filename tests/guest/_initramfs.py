@@ -109,6 +109,11 @@ def _copy(tree: Path, stage: Path, files: Iterable[Path]) -> None:
         shutil.copy(file, target)  # follows links: the loader finds each library under the name it asks for
 
 
+def _guest_paths(tree: Path, program: Program) -> list[Path]:
+    """Where the guest has the real tools."""
+    return [Path("/") / Path(program(tool)[-1]).relative_to(tree) for tool in _TOOLS]
+
+
 def write_initramfs(out: BinaryIO, tree: Path, own_files: Path, program: Program) -> None:
     """Write an uncompressed initramfs made from the unpacked packages in `tree` and our files in `own_files`.
 
@@ -135,6 +140,10 @@ def write_initramfs(out: BinaryIO, tree: Path, own_files: Path, program: Program
                 (binaries / applet).symlink_to("busybox")
         (binaries / "sh").unlink(missing_ok=True)
         (binaries / "sh").symlink_to("dash")
+        # The interactive shell is busybox's, for its line editing; it too shall run the real tools.
+        aliases = [f"alias {path.name}={path}\n" for path in sorted(_guest_paths(tree, program))]
+        (stage / "etc").mkdir(exist_ok=True)
+        (stage / "etc/shellrc").write_text("".join(aliases), encoding="utf-8")
         kmod = next(path for path in (binaries / "kmod", sbin / "kmod") if path.exists())
         for name in _KMOD_LINKS:
             (binaries / name).unlink(missing_ok=True)

@@ -68,11 +68,8 @@ class Qmp:
             pending.done.set()
 
     async def execute(self, command: str, **arguments: Any) -> Any:
-        """Run one command and return what QEMU answers; underscores in argument names become dashes."""
-        request = {
-            "execute": command,
-            "arguments": {key.replace("_", "-"): arguments[key] for key in arguments},
-        }
+        """Run one command and return what QEMU answers."""
+        request = {"execute": command, "arguments": arguments}
         pending = _Pending()
         async with self._sending:
             if self._closed:

@@ -11,6 +11,7 @@ import platform
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,7 @@ _TOOL_PACKAGES = [
 ]
 _KERNEL_META, _KERNEL_PACKAGE = "linux-image-amd64", r"linux-image-6\.12\.[0-9.]+\+deb13-amd64"
 _UNWANTED = ["usr/share/doc", "usr/share/man", "usr/share/locale", "usr/bin/qemu-system-i386"]
+_KEPT_UNUSED = 7 * 24 * 3600.0
 _LAYOUT = 1  # raise when the same packages shall be arranged in another way
 _LIBRARIES = "usr/lib/x86_64-linux-gnu"
 _HERE = Path(__file__).parent
@@ -116,12 +118,15 @@ def _say(line: str) -> None:
 
 
 def _sweep(name: str, work: Path) -> None:
-    """Remove what killed runs left half made. The caller holds the lock of `name`, so nobody is at work
-    there.
+    """Remove what killed runs left half made, and what nobody used for a week.
+
+    The caller holds the lock of `name`, so nobody else is at work there.
     """
-    for leftover in cache_root().glob(f".{name}-*"):
-        if leftover != work and leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
+    abandoned = [path for path in cache_root().glob(f".{name}-*") if path.is_dir() and path != work]
+    long_ago = time.time() - _KEPT_UNUSED
+    abandoned += [path for path in cache_root().glob(f"{name}-*") if path.stat().st_mtime < long_ago]
+    for path in abandoned:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _make_tree(work: Path) -> None:
@@ -198,10 +203,8 @@ def guest_root() -> Root:
         raise
     except PeerError as failed:
         raise RigError(str(failed)) from failed
+    for used in (made, image):
+        with suppress(PermissionError):  # somebody else's cache: theirs to keep alive
+            os.utime(used)
     versions = json.loads((made / "versions.json").read_text(encoding="utf-8"))
     return Root(tree=tree, image=image, versions=versions)
-
-
-def runs_as_root() -> bool:
-    """Whether this process may make TAP devices and network namespaces."""
-    return os.geteuid() == 0
