@@ -49,7 +49,10 @@ DEFAULT_BAR2_SIZE = 16 << 20
 
 
 class NetworkCard:
-    """A PCI function and its virtio transport, for `model` to give it life."""
+    """A PCI function and its virtio transport, for `model` to give it life.
+
+    Without `msix` the card has MSI and INTx only, of which virtio drivers use INTx.
+    """
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class NetworkCard:
         name: str = "nic0",
         bar2_size: int = DEFAULT_BAR2_SIZE,
         queue_size: int = DEFAULT_QUEUE_SIZE,
+        msix: bool = True,
     ) -> None:
         dma = DmaWindows()
         bar0 = Bar(0, BAR0_SIZE)
@@ -69,7 +73,7 @@ class NetworkCard:
             capabilities=[
                 PowerManagement(),
                 Msi(),
-                Msix(VECTORS, table_bar=0, table_offset=MSIX_TABLE, pba_offset=MSIX_PBA),
+                *([Msix(VECTORS, table_bar=0, table_offset=MSIX_TABLE, pba_offset=MSIX_PBA)] if msix else []),
                 PciExpress(),
                 VirtioCapability(VirtioCfgType.COMMON, 0, COMMON, COMMON_CONFIG_SIZE),
                 VirtioCapability(VirtioCfgType.ISR, 0, ISR, 1),

@@ -7,7 +7,7 @@ it fails instead, so that a green run there means that every test ran.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,8 @@ import pytest
 
 from tests.guest import Card, Guest, GuestResult, Network, RigError, Root, boot
 from tests.guest import guest_root as make_guest_root
+from tests.guest.cards import ServedCard
+from tests.guest.cards import serve_cards as serve
 
 _HERE = Path(__file__).parent
 _FIRST_USE_TIMEOUT = 600  # the first guest test of a fresh checkout downloads the rig
@@ -124,3 +126,22 @@ def make_network() -> Iterator[Callable[..., Network]]:
 def network(make_network: Callable[..., Network]) -> Network:
     """A network namespace of the test's own with a TAP device in it, up and with addresses."""
     return make_network()
+
+
+class ServeCards(Protocol):
+    """The type of the fixture `serve_cards`."""
+
+    def __call__(self, *ports: str, **options: Any) -> AbstractAsyncContextManager[list[ServedCard]]: ...
+
+
+@pytest.fixture
+def serve_cards(tmp_path: Path) -> ServeCards:
+    """Serve cards in one line: ``async with serve_cards("tap:name=tap0") as (card,):``."""
+    return lambda *ports, **options: serve(tmp_path, ports, **options)
+
+
+@pytest.fixture
+async def card(serve_cards: ServeCards, network: Network) -> AsyncIterator[ServedCard]:
+    """A card on the TAP device of `network`."""
+    async with serve_cards(f"tap:name={network.tap},netns={network.path}") as (served,):
+        yield served
