@@ -3,6 +3,8 @@
 import errno
 import os
 import select
+import stat
+from contextlib import suppress
 from pathlib import Path
 
 from device.errors import DeviceError
@@ -14,20 +16,20 @@ _COUNTER_SIZE = 8
 def borrow(fd: int) -> int:
     """A duplicate of the eventfd `fd`, to be closed by the caller.
 
-    DeviceError(EINVAL) if it is anything else.
+    DeviceError: EINVAL if it is anything else, EBADF if it is closed.
 
     The kernel refuses other files too (eventfd_ctx_fdget); here a pipe or a socket could block whoever
-    signals.
+    signals. Without /proc, any anonymous inode passes: to write into those that are no eventfds fails at once.
     """
     try:
-        kind = str(Path(f"/proc/self/fd/{fd}").readlink())
-        if kind != _KIND:
-            raise DeviceError(errno.EINVAL, f"an interrupt needs an eventfd, not {kind}")
-        return os.dup(fd)
-    except DeviceError:
-        raise
+        anonymous = stat.S_IFMT(os.fstat(fd).st_mode) == 0
+        with suppress(FileNotFoundError):
+            anonymous = os.fspath(Path(f"/proc/self/fd/{fd}").readlink()) == _KIND
+        if anonymous:
+            return os.dup(fd)
     except OSError as error:
         raise DeviceError(errno.EBADF, f"an interrupt needs an open eventfd: {error.strerror}") from error
+    raise DeviceError(errno.EINVAL, f"an interrupt needs an eventfd, which fd {fd} is not")
 
 
 def signal(fd: int) -> None:

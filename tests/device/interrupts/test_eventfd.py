@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 
 import pytest
 
@@ -24,15 +25,21 @@ def test_a_borrowed_eventfd_outlives_the_clients_copy() -> None:
 
 
 def test_other_files_are_no_eventfds() -> None:
-    read_end, write_end = os.pipe()
+    others = [*os.pipe(), os.memfd_create("no eventfd"), os.open("/", os.O_RDONLY)]
     try:
-        for fd in (read_end, write_end):
+        for fd in others:
             with pytest.raises(DeviceError) as refusal:
                 borrow(fd)
             assert refusal.value.errno == errno.EINVAL
     finally:
-        os.close(read_end)
-        os.close(write_end)
+        for fd in others:
+            os.close(fd)
+
+
+def test_an_epoll_fd_is_no_eventfd_either() -> None:
+    with select.epoll() as epoll, pytest.raises(DeviceError) as refusal:
+        borrow(epoll.fileno())
+    assert refusal.value.errno == errno.EINVAL
 
 
 @pytest.mark.parametrize("fd", [-1, 1 << 30])
