@@ -19,7 +19,7 @@ def borrow(fd: int) -> int:
     DeviceError: EINVAL if it is anything else, EBADF if it is closed.
 
     The kernel refuses other files too (eventfd_ctx_fdget); here a pipe or a socket could block whoever
-    signals. Without /proc, any anonymous inode passes: to write into those that are no eventfds fails at once.
+    signals. Without /proc any anonymous inode passes: writing into one that is no eventfd fails at once.
     """
     try:
         anonymous = stat.S_IFMT(os.fstat(fd).st_mode) == 0
