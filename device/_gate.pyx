@@ -1,8 +1,9 @@
 # cython: language_level=3
 """The mutex between a card's control side (Python) and its data-path workers (no GIL).
 
-Everything that both sides see, DMA windows, queues and interrupt lines, changes only inside the gate. A worker holds it for
-one burst at a time and gives way to a waiting control thread, so a register access waits for one burst at most.
+Everything that both sides see, DMA windows, queues and interrupt lines, changes only inside the gate. A
+worker holds it for one burst at a time and gives way to a waiting control thread, so a register access waits
+for one burst at most.
 """
 
 from device._atomic cimport add_int, load_int
@@ -23,7 +24,7 @@ cdef extern from "Python.h":
 
 
 cdef class Gate:
-    """A mutex; `with gate:` enters it from Python, re-entrantly within one thread, and releases the GIL only to wait."""
+    """A mutex; `with gate:` enters it from Python, re-entrantly in one thread; it lets the GIL go to wait."""
 
     def __cinit__(self):
         pthread_mutex_init(&self._mutex, NULL)

@@ -24,8 +24,9 @@ cdef inline uint16_t ones_complement_sum(const uint8_t *data, uint32_t length) n
     return <uint16_t> total
 
 
-cdef inline bint complete_checksum(uint8_t *frame, uint32_t length, uint32_t start, uint32_t offset) noexcept nogil:
-    """Do what VIRTIO_NET_HDR_F_NEEDS_CSUM asks for (virtio 1.3, 5.1.6.2); False when the driver's offsets leave the frame."""
+cdef inline bint complete_checksum(
+        uint8_t *frame, uint32_t length, uint32_t start, uint32_t offset) noexcept nogil:
+    """Do what HDR_F_NEEDS_CSUM asks for (virtio 1.3, 5.1.6.2); False if that is outside the frame."""
     cdef uint16_t value
     if start >= length or offset + 2 > length - start:
         return False

@@ -32,7 +32,13 @@ class DataPath:
     @property
     def event_fd(self) -> int: ...
     def __init__(
-        self, gate: Gate, dma: DmaWindows, lines: Lines, rx: VirtQueue, tx: VirtQueue, filter: ReceiveFilter
+        self,
+        gate: Gate,
+        dma: DmaWindows,
+        lines: Lines,
+        rx: VirtQueue,
+        tx: VirtQueue,
+        filter: ReceiveFilter,  # noqa: A002
     ) -> None: ...
     def attach(self, fd: int, framing: int, vnet_header_size: int) -> None: ...
     def detach(self) -> None: ...

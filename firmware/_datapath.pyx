@@ -1,12 +1,14 @@
 # cython: language_level=3
-"""The card's data path: frames between one pair of virtqueues and a port, without the GIL and without Python objects.
+"""The card's data path: frames between one pair of virtqueues and a port, without the GIL or Python objects.
 
-Transmit: pop chains from the transmit queue, write them to the port, straight from guest memory when the port takes the
-virtio-net header or needs none, hand the buffers back, decide about the interrupt once per burst. Receive: take frames from the
-port while the driver has buffers, filter, copy into one or more buffers, publish.
+Transmit: pop chains from the transmit queue, write them to the port, straight from guest memory when the port
+takes the virtio-net header or needs none, hand the buffers back, decide about the interrupt once per burst.
+Receive: take frames from the port while the driver has buffers, filter, copy into one or more buffers,
+publish.
 
-`service()` does one bounded burst and may be called from anywhere. `run()` is the worker: it repeats bursts, polls briefly,
-then arms the notifications and sleeps until the driver kicks, the port has something, or someone calls `wake()`.
+`service()` does one bounded burst and may be called from anywhere. `run()` is the worker: it repeats bursts,
+polls briefly, then arms the notifications and sleeps until the driver kicks, the port has something, or
+someone calls `wake()`.
 """
 
 import os
@@ -56,7 +58,7 @@ cdef enum:
 
 MAX_FRAME = 65535 + 18              # the largest IP packet behind an Ethernet header with a VLAN tag
 BURST = 64                          # frames per direction and burst: bounds how long a register access waits
-STREAM_BUFFER = 1 << 18             # bytes kept of a stream in each direction: three frames of the largest size fit
+STREAM_BUFFER = 1 << 18             # bytes kept of a stream each way: three frames of the largest size fit
 LOOPBACK_BUFFER = 1 << 22           # bytes that wait in a loopback before frames are dropped
 
 cdef enum:
@@ -111,7 +113,10 @@ cdef class DataPath:
     # --- control side
 
     def attach(self, int fd, int framing, int vnet_header_size):
-        """Use a port: its non-blocking `fd` (borrowed; -1 for none), its framing (0 packets, 1 stream, 2 loopback), its header size."""
+        """Use a port: its non-blocking `fd` (borrowed; -1 for none), its framing and its header size.
+
+        Framings are 0 packets, 1 stream, 2 loopback.
+        """
         if framing not in (FRAMING_PACKETS, FRAMING_STREAM, FRAMING_LOOPBACK):
             raise ValueError(f"framing {framing}")
         if vnet_header_size not in (0, HEADER):
@@ -165,7 +170,7 @@ cdef class DataPath:
 
     @property
     def event_fd(self):
-        """Readable when the worker has something to say: a queue broke (see VirtQueue.fault) or the port was lost."""
+        """Readable when the worker has news: a queue broke (see VirtQueue.fault) or the port was lost."""
         return self._event_fd
 
     def counters(self):
@@ -240,7 +245,9 @@ cdef class DataPath:
         fds[0].events = POLLIN
         fds[0].revents = 0
         fds[1].fd = self._fd if self.running and not self.port_lost else -1
-        fds[1].events = (0 if self._rx_starved else POLLIN) | (POLLOUT if self._tx_blocked or self._out_tail > self._out_head else 0)
+        fds[1].events = 0 if self._rx_starved else POLLIN
+        if self._tx_blocked or self._out_tail > self._out_head:
+            fds[1].events |= POLLOUT
         fds[1].revents = 0
         if fds[1].events == 0:
             fds[1].fd = -1              # POLLHUP alone would make this a busy loop
@@ -292,7 +299,8 @@ cdef class DataPath:
         self._tx_blocked = False
         self.tx.refuses_kicks()
         if self._out_tail > self._out_head and self._flush() == 0:
-            self._tx_blocked = self._out_tail > self._out_head and C_STREAM_BUFFER - self._out_tail < STREAM_PREFIX + C_MAX_FRAME
+            self._tx_blocked = (self._out_tail > self._out_head
+                                and C_STREAM_BUFFER - self._out_tail < STREAM_PREFIX + C_MAX_FRAME)
         while done < C_BURST and not self._tx_blocked:
             got = self.tx.pop_chain(&self._chain)
             if got <= 0:
@@ -321,7 +329,8 @@ cdef class DataPath:
         cdef uint64_t length, skipped
         cdef int i, count
         cdef ssize_t wrote
-        if c.readable_bytes < HEADER + ETHERNET or c.readable_bytes > HEADER + C_MAX_FRAME or not self.link_up or self.port_lost:
+        if (c.readable_bytes < HEADER + ETHERNET or c.readable_bytes > HEADER + C_MAX_FRAME
+                or not self.link_up or self.port_lost):
             return -1
         length = c.readable_bytes - HEADER
         if self._framing != FRAMING_PACKETS:
@@ -358,7 +367,7 @@ cdef class DataPath:
         return 1
 
     cdef int _send_copy(self) noexcept nogil:
-        """Send through memory of our own: streams, the loopback, and checksums that the port cannot leave to the network."""
+        """Send through memory of our own: streams, the loopback, checksums that the port cannot leave."""
         cdef Chain *c = &self._chain
         cdef uint32_t total = <uint32_t> c.readable_bytes, length = total - HEADER, done = 0
         cdef uint8_t *target
@@ -393,7 +402,8 @@ cdef class DataPath:
                 if C_STREAM_BUFFER - self._out_tail < STREAM_PREFIX + length:
                     return 0
             target = self._out + self._out_tail
-            target[0], target[1], target[2], target[3] = length >> 24 & 255, length >> 16 & 255, length >> 8 & 255, length & 255
+            target[0], target[1] = length >> 24 & 255, length >> 16 & 255
+            target[2], target[3] = length >> 8 & 255, length & 255
             memcpy(target + STREAM_PREFIX, copy + HEADER, length)
             self._out_tail += STREAM_PREFIX + length
         else:
@@ -550,7 +560,8 @@ cdef class DataPath:
         cdef int got, i, used = 0
         if not self.checksum_to_driver:
             if self._frame[0] & NEEDS_CSUM and not complete_checksum(
-                    self._frame + HEADER, total - HEADER, _little16(self._frame + 6), _little16(self._frame + 8)):
+                    self._frame + HEADER, total - HEADER,
+                    _little16(self._frame + 6), _little16(self._frame + 8)):
                 return -1
             memset(self._frame, 0, 1)
         self._frame[10] = self._frame[11] = 0

@@ -4,7 +4,7 @@
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcpy
 
-# Entries of each kind that are matched one by one; a longer table is taken as "all of that kind", as QEMU does.
+# Entries of each kind that are matched one by one; a longer table means "all of that kind", as in QEMU.
 MAC_TABLE_SIZE = MAC_TABLE_ENTRIES
 
 
@@ -22,7 +22,7 @@ cdef uint64_t _key_of(address) except? 0xFFFFFFFFFFFFFFFF:
 
 
 cdef class ReceiveFilter:
-    """Receive modes and MAC tables; a fresh filter is promiscuous, for a driver without a control queue cannot ask."""
+    """Receive modes and MAC tables; a fresh one is promiscuous, as a driver without control queue needs."""
 
     def __init__(self, mac):
         self.reset(mac)
@@ -30,7 +30,8 @@ cdef class ReceiveFilter:
     def reset(self, mac):
         """Back to power-on: promiscuous, empty tables, `mac` as the card's own address."""
         self.promiscuous = True
-        self.all_multicast = self.all_unicast = self.no_multicast = self.no_unicast = self.no_broadcast = False
+        self.all_multicast = self.all_unicast = False
+        self.no_multicast = self.no_unicast = self.no_broadcast = False
         self._mac = _key_of(mac)
         self.set_tables((), ())
 

@@ -26,22 +26,25 @@ _RX_MODES = {
 }
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The command is answered with VIRTIO_NET_ERR; the text is for the log."""
 
 
 class ControlQueue:
-    """Executes commands on `filter`; `set_mac` is told of a new address of the card's own."""
+    """Executes commands on `receive_filter`; `set_mac` is told of a new address for the card."""
 
-    def __init__(self, queue: VirtQueue, filter: ReceiveFilter, set_mac: Callable[[bytes], None]) -> None:
+    def __init__(
+        self, queue: VirtQueue, receive_filter: ReceiveFilter, set_mac: Callable[[bytes], None]
+    ) -> None:
         self.queue = queue
-        self._filter = filter
+        self._filter = receive_filter
         self._set_mac = set_mac
 
     def service(self) -> bool:
         """Execute what is available; returns whether the driver wants an interrupt.
 
-        The caller holds the gate. A broken queue raises DeviceError(EIO); a chain without room for the answer raises DeviceError(EINVAL).
+        The caller holds the gate. A broken queue raises DeviceError(EIO); a chain without room for the answer
+        raises DeviceError(EINVAL).
         """
         interrupt = False
         while True:
@@ -53,10 +56,10 @@ class ControlQueue:
     def _execute(self, chain: DescriptorChain) -> bool:
         try:
             if sum(length for _, length in chain.readable) > MAX_COMMAND:
-                raise Refused(f"a command of more than {MAX_COMMAND} bytes")
+                raise RefusedError(f"a command of more than {MAX_COMMAND} bytes")
             self._command(chain.read())
             ack = Ack.OK
-        except Refused as refusal:
+        except RefusedError as refusal:
             log.warning("control command refused: %s", refusal)
             ack = Ack.ERR
         if chain.write(bytes([ack])) != 1:
@@ -74,15 +77,15 @@ class ControlQueue:
                 multicast, rest = _table(rest)
                 self._filter.set_tables(unicast, multicast)
             case _:
-                raise Refused(f"class and command {request[:2].hex(' ')}, {len(request)} bytes")
+                raise RefusedError(f"class and command {request[:2].hex(' ')}, {len(request)} bytes")
 
 
 def _table(data: bytes) -> tuple[list[bytes], bytes]:
     """One struct virtio_net_ctrl_mac and what follows it."""
     if len(data) < 4:
-        raise Refused("a MAC table without its length")
+        raise RefusedError("a MAC table without its length")
     entries = int.from_bytes(data[:4], "little")
     end = 4 + 6 * entries
     if end > len(data):
-        raise Refused(f"a MAC table of {entries} entries in {len(data)} bytes")
+        raise RefusedError(f"a MAC table of {entries} entries in {len(data)} bytes")
     return [data[at : at + 6] for at in range(4, end, 6)], data[end:]

@@ -1,4 +1,4 @@
-"""The network card's program: negotiates with the driver, runs the data path, keeps the link in step with the port."""
+"""The network card's program: it negotiates with the driver, runs the data path, follows the port's link."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BASE_FEATURES = (
     | Feature.NET_CTRL_RX
     | Feature.NET_CTRL_RX_EXTRA
     | Feature.NET_CTRL_MAC_ADDR
-    | Feature.NET_CSUM          # completed by the data path where the port cannot
+    | Feature.NET_CSUM  # completed by the data path where the port cannot
     | Feature.NET_GUEST_CSUM
 )
 
@@ -60,8 +60,9 @@ def random_mac() -> bytes:
 class Nic:
     """A card on `port`.
 
-    `mac` is 6 octets (None: random), `mtu` in bytes (None: the port's, or 1500), `busy_poll_us` how long the worker looks for
-    more work before it sleeps. Raises ValueError for a MAC or an MTU that no interface can have.
+    `mac` is 6 octets (None: random), `mtu` in bytes (None: the port's, or 1500), `busy_poll_us` how long the
+    worker looks for more work before it sleeps; without `offloads` checksums and segmentation stay with the
+    driver, without `msix` it gets INTx. Raises ValueError for a MAC or an MTU that no interface can have.
     """
 
     def __init__(
@@ -75,11 +76,12 @@ class Nic:
         queue_size: int = DEFAULT_QUEUE_SIZE,
         busy_poll_us: int = 0,
         offloads: bool = True,
+        msix: bool = True,
     ) -> None:
         mac = random_mac() if mac is None else mac
         mtu = (port.mtu or 1500) if mtu is None else mtu
         if len(mac) != 6 or mac[0] & 1 or not any(mac):
-            raise ValueError(f"{mac.hex(':')} is not the address of an interface: 6 octets, unicast, not zero")
+            raise ValueError(f"{mac.hex(':')} is no address of an interface: 6 octets, unicast, not zero")
         if not MIN_MTU <= mtu <= MAX_MTU:
             raise ValueError(f"an MTU is {MIN_MTU} to {MAX_MTU} bytes, not {mtu}")
         self.name = name
@@ -94,7 +96,7 @@ class Nic:
             self._features &= ~(Feature.NET_CSUM | Feature.NET_GUEST_CSUM)
         self.config = NetConfig(mac, mtu=mtu)
         self.filter = ReceiveFilter(mac)
-        self.card = NetworkCard(self, name=name, bar2_size=bar2_size, queue_size=queue_size)
+        self.card = NetworkCard(self, name=name, bar2_size=bar2_size, queue_size=queue_size, msix=msix)
         self.function: PciFunction = self.card.function
         queues = self.card.queues
         self.control = ControlQueue(queues[CONTROL_QUEUE], self.filter, self._set_mac)

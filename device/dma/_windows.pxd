@@ -41,7 +41,8 @@ cdef class DmaWindows:
     cdef readonly size_t limit
 
     cdef Py_ssize_t _find(self, uint64_t iova) noexcept nogil
-    cdef int span(self, uint64_t iova, uint64_t length, uint32_t prot, uint8_t **where, uint64_t *run) noexcept nogil
+    cdef int span(self, uint64_t iova, uint64_t length, uint32_t prot,
+                  uint8_t **where, uint64_t *run) noexcept nogil
     cdef uint8_t *contiguous(self, uint64_t iova, uint64_t length, uint32_t prot) noexcept nogil
     cdef int copy_in(self, void *target, uint64_t iova, uint64_t length) noexcept nogil
     cdef int copy_out(self, uint64_t iova, const void *source, uint64_t length) noexcept nogil

@@ -1,9 +1,9 @@
 # cython: language_level=3
 """DMA windows: which I/O virtual addresses the client has mapped, and where their bytes are in this process.
 
-A sorted table answers by containment of the whole span, in arithmetic that cannot wrap. Each file behind the windows is mapped once, whole,
-however many windows point into it: mapping a 4 KiB window costs a table insertion and no system call but fstat, and windows that adjoin in
-the file adjoin in memory.
+A sorted table answers by containment of the whole span, in arithmetic that cannot wrap. Each file behind the
+windows is mapped once, whole, however many windows point into it: mapping a 4 KiB window costs a table
+insertion and no system call but fstat, and windows that adjoin in the file adjoin in memory.
 
 Callers hold the card's gate. Pointers are good until the gate is left.
 """
@@ -36,8 +36,8 @@ cdef extern from "_sigbus.h" nogil:
 
 PAGE_SIZE = 4096                # what vfio-user's pgsizes capability must include; windows are aligned to it
 
-MAX_WINDOWS = 1 << 20           # 48 MB of table; a vIOMMU with 4 KiB pages really reaches hundreds of thousands
-MAX_BACKINGS = 1024             # distinct files; a machine has a handful, and each one costs a mapping of the whole file
+MAX_WINDOWS = 1 << 20           # 48 MB of table; a vIOMMU with 4 KiB pages does reach hundreds of thousands
+MAX_BACKINGS = 1024             # distinct files; a machine has a handful, and each is mapped whole
 
 PROT_DMA_READ = DMA_READ
 PROT_DMA_WRITE = DMA_WRITE
@@ -72,10 +72,11 @@ cdef class DmaWindows:
     # --- changes
 
     def map(self, uint64_t iova, uint64_t size, uint32_t prot, fd=None, uint64_t fd_offset=0):
-        """Map `size` bytes at `iova` to `fd` at `fd_offset`; `fd` is borrowed, None makes a window reachable by messages only.
+        """Map `size` bytes at `iova` to `fd` at `fd_offset`; `fd` is borrowed, None: message-only.
 
-        Raises DeviceError: EINVAL (empty, unaligned, wrapping, no permission bits, beyond the end of the file), EEXIST (overlaps a window),
-        ENOSPC (table full), EACCES (write permission asked of a read-only fd), or what mmap says.
+        Raises DeviceError: EINVAL (empty, unaligned, wrapping, no permission bits, beyond the end of the
+        file), EEXIST (overlaps a window), ENOSPC (table full), EACCES (write permission asked of a read-only
+        fd), or what mmap says.
         """
         cdef uint64_t last = iova + size - 1
         cdef Py_ssize_t at
@@ -84,14 +85,17 @@ cdef class DmaWindows:
         if size == 0 or last < iova:
             raise DeviceError(errno.EINVAL, f"a window of {size:#x} bytes at {iova:#x} is empty or wraps")
         if (iova | size | fd_offset) & (PAGE_SIZE - 1):
-            raise DeviceError(errno.EINVAL, f"window {iova:#x}+{size:#x}, file offset {fd_offset:#x}: not aligned to {PAGE_SIZE}")
+            raise DeviceError(
+                errno.EINVAL,
+                f"window {iova:#x}+{size:#x}, file offset {fd_offset:#x}: not aligned to {PAGE_SIZE}")
         if prot == 0 or prot & ~<uint32_t> (DMA_READ | DMA_WRITE):
             raise DeviceError(errno.EINVAL, f"window permissions {prot:#x}: read (1) and write (2) are known")
         if self._count >= self.limit:
             raise DeviceError(errno.ENOSPC, f"the table holds {self.limit} windows and is full")
         at = self._find(iova)           # the first window that ends at or after iova
         if at < <Py_ssize_t> self._count and self._windows[at].iova <= last:
-            raise DeviceError(errno.EEXIST, f"window {iova:#x}+{size:#x} overlaps one at {self._windows[at].iova:#x}")
+            raise DeviceError(
+                errno.EEXIST, f"window {iova:#x}+{size:#x} overlaps one at {self._windows[at].iova:#x}")
         if self._count == self._capacity:
             grown = <Window *> realloc(self._windows, max(64, 2 * self._capacity) * sizeof(Window))
             if grown == NULL:
@@ -108,7 +112,7 @@ cdef class DmaWindows:
     def unmap(self, uint64_t iova, uint64_t size):
         """Remove every window inside the span; returns the number of bytes that were mapped.
 
-        A span that matches nothing removes nothing and is no error: clients with a vIOMMU send such spans all the time.
+        A span that matches nothing removes nothing and is no error: clients with a vIOMMU send such spans.
         Raises DeviceError(EINVAL) when the span is empty, wraps, or would cut a window in two.
         """
         cdef uint64_t last = iova + size - 1
@@ -120,7 +124,9 @@ cdef class DmaWindows:
         end = first
         while end < <Py_ssize_t> self._count and self._windows[end].iova <= last:
             if self._windows[end].iova < iova or self._windows[end].last > last:
-                raise DeviceError(errno.EINVAL, f"unmapping {iova:#x}+{size:#x} would cut the window at {self._windows[end].iova:#x}")
+                raise DeviceError(
+                    errno.EINVAL,
+                    f"unmapping {iova:#x}+{size:#x} would cut the window at {self._windows[end].iova:#x}")
             end += 1
         if end == first:
             return 0
@@ -147,21 +153,23 @@ cdef class DmaWindows:
     # --- accesses from Python
 
     def read(self, uint64_t iova, size_t length):
-        """Read `length` bytes; raises DeviceError(EFAULT) unless windows with read permission hold them all."""
+        """Read `length` bytes; raises DeviceError(EFAULT) unless readable windows hold them all."""
         data = PyBytes_FromStringAndSize(NULL, length)
         if self.copy_in(PyBytes_AS_STRING(data), iova, length) != FAULT_NONE:
-            raise DeviceError(errno.EFAULT, f"DMA read of {length} bytes at {iova:#x}: not in readable windows")
+            raise DeviceError(
+                errno.EFAULT, f"DMA read of {length} bytes at {iova:#x}: not in readable windows")
         return data
 
     def write(self, uint64_t iova, data):
-        """Write `data`; raises DeviceError(EFAULT), having written nothing, unless windows with write permission hold it all."""
+        """Write `data`; raises DeviceError(EFAULT), with nothing written, unless writable windows hold it."""
         cdef const uint8_t[::1] view = data
         cdef uint64_t length = view.shape[0]
         if length and self.copy_out(iova, &view[0], length) != FAULT_NONE:
-            raise DeviceError(errno.EFAULT, f"DMA write of {length} bytes at {iova:#x}: not in writable windows")
+            raise DeviceError(
+                errno.EFAULT, f"DMA write of {length} bytes at {iova:#x}: not in writable windows")
 
     def lost_backings(self):
-        """How many files lost pages under us because the peer truncated them; their bytes now read as zero."""
+        """How many files lost pages under us because the peer truncated them; those bytes read as zero."""
         cdef size_t i
         return sum(1 for i in range(self._backing_count)
                    if self._backings[i].references and trionic_guard_lost(self._backings[i].guard))
@@ -179,7 +187,8 @@ cdef class DmaWindows:
                 high = middle
         return low
 
-    cdef int span(self, uint64_t iova, uint64_t length, uint32_t prot, uint8_t **where, uint64_t *run) noexcept nogil:
+    cdef int span(self, uint64_t iova, uint64_t length, uint32_t prot,
+                  uint8_t **where, uint64_t *run) noexcept nogil:
         """Where `iova` is, and how many of `length` bytes its window holds; or a FAULT."""
         cdef Window *w
         cdef uint64_t left
@@ -196,7 +205,8 @@ cdef class DmaWindows:
             return FAULT_MESSAGE_ONLY
         left = w.last - iova            # bytes after this one
         run[0] = length if length == 0 or length - 1 <= left else left + 1
-        where[0] = self._backings[w.backing].start + (w.offset - self._backings[w.backing].first) + (iova - w.iova)
+        where[0] = (self._backings[w.backing].start
+                    + (w.offset - self._backings[w.backing].first) + (iova - w.iova))
         return FAULT_NONE
 
     cdef uint8_t *contiguous(self, uint64_t iova, uint64_t length, uint32_t prot) noexcept nogil:
@@ -208,7 +218,9 @@ cdef class DmaWindows:
             return NULL
         done = run
         while done < length:
-            if iova + done < iova or self.span(iova + done, length - done, prot, &part, &run) != FAULT_NONE or part != start + done:
+            if (iova + done < iova
+                    or self.span(iova + done, length - done, prot, &part, &run) != FAULT_NONE
+                    or part != start + done):
                 return NULL
             done += run
         return start
@@ -260,16 +272,20 @@ cdef class DmaWindows:
         except OSError as error:
             raise DeviceError(error.errno, f"the window's file descriptor: {error.strerror}") from None
         if access == os.O_WRONLY or (prot & DMA_WRITE and access != os.O_RDWR):
-            raise DeviceError(errno.EACCES, "the window's file descriptor does not allow the access the window promises")
+            raise DeviceError(
+                errno.EACCES, "the window's file descriptor does not allow the access the window promises")
         whole = stat.S_ISREG(info.st_mode)
         if whole:
             length = info.st_size
             if size > length or offset > length - size:
-                raise DeviceError(errno.EINVAL, f"the window needs the file up to {offset + size:#x}; it ends at {length:#x}")
+                raise DeviceError(
+                    errno.EINVAL,
+                    f"the window needs the file up to {offset + size:#x}; it ends at {length:#x}")
         elif stat.S_ISCHR(info.st_mode) or stat.S_ISBLK(info.st_mode):
             first, length = offset, size        # a device file has no size to map whole
         else:
-            raise DeviceError(errno.EINVAL, "the window's file descriptor is not something that can be mapped")
+            raise DeviceError(
+                errno.EINVAL, "the window's file descriptor is not something that can be mapped")
         for i in range(self._backing_count):
             b = &self._backings[i]
             if b.references == 0:
@@ -285,7 +301,9 @@ cdef class DmaWindows:
             slot = &self._backings[self._backing_count]
             self._backing_count += 1
         start = self._mmap(fd, first, length, access)
-        slot.device, slot.inode, slot.access = info.st_dev if whole else 0, info.st_ino if whole else 0, access
+        slot.device = info.st_dev if whole else 0
+        slot.inode = info.st_ino if whole else 0
+        slot.access = access
         slot.start, slot.first, slot.length = <uint8_t *> start, first, length
         slot.references = 1
         slot.guard = trionic_guard_add(start, length, trionic_page_of(fd))
@@ -299,7 +317,8 @@ cdef class DmaWindows:
         cdef int protection = PROT_READ | (PROT_WRITE if access == os.O_RDWR else 0)
         cdef void *start = mmap(NULL, length, protection, MAP_SHARED | MAP_NORESERVE, fd, <off_t> first)
         if start == MAP_FAILED:
-            raise DeviceError(c_errno, f"mapping {length:#x} bytes of a window's file failed: {os.strerror(c_errno)}")
+            raise DeviceError(
+                c_errno, f"mapping {length:#x} bytes of a window's file failed: {os.strerror(c_errno)}")
         return start
 
     cdef int _remap(self, int index, int fd, uint64_t length) except -1:

@@ -1,9 +1,10 @@
 # cython: language_level=3
 """The ends of the card's interrupt wires: what the data path may pull without the GIL.
 
-A vector is *armed* with an eventfd while the state machines beside this module find it deliverable; fired while it is not, it becomes
-pending. INTx is a level with automask, equal to the kernel's vfio_pci_intrs.c: asserting an unmasked line masks it and signals
-once; unmasking a line that is still high signals again and leaves it masked.
+A vector is *armed* with an eventfd while the state machines beside this module find it deliverable; fired
+while it is not, it becomes pending. INTx is a level with automask, equal to the kernel's vfio_pci_intrs.c:
+asserting an unmasked line masks it and signals once; unmasking a line that is still high signals again and
+leaves it masked.
 
 Nothing here locks: callers hold the card's gate.
 """
@@ -128,8 +129,8 @@ cdef class Lines:
     def set_intx_fd(self, int fd):
         """Wire the line to eventfd `fd` (borrowed), or to nothing when -1.
 
-        A line wired anew starts unmasked unless INTx is disabled; a line re-plugged after it had signalled signals the new eventfd, because
-        whoever held the old one may not have read it.
+        A line wired anew starts unmasked unless INTx is disabled; a line re-plugged after it had signalled
+        signals the new eventfd, because whoever held the old one may not have read it.
         """
         cdef bint fresh = self._intx_fd < 0
         self._intx_fd = fd
@@ -144,7 +145,7 @@ cdef class Lines:
             self.assert_intx()
 
     def reset(self):
-        """Drop levels, pending bits and the ISR; wiring and masks stay, for a trigger may be waiting with the host."""
+        """Drop levels, pending bits and the ISR; wiring and masks stay: the host may await a trigger."""
         cdef int i
         for i in range(self.vectors):
             self._pending[i] = 0
@@ -163,7 +164,7 @@ cdef class Lines:
             self.assert_intx()
 
     def signal(self, uint8_t isr_bit, uint16_t vector):
-        """Notify the driver: set `isr_bit` in the ISR, then fire `vector` (MSI-X), vector 0 (MSI) or assert INTx."""
+        """Notify the driver: set `isr_bit`, and fire `vector` (MSI-X) or vector 0 (MSI) or assert INTx."""
         self.notify(isr_bit, vector)
 
     def read_isr(self):

@@ -52,4 +52,5 @@ cdef class VirtQueue:
     cdef bint wants_kicks(self, uint16_t seen) noexcept nogil
     cdef void refuses_kicks(self) noexcept nogil
     cdef int _walk(self, Chain *chain, uint16_t head) noexcept nogil
-    cdef int vectors_of(self, Chain *chain, int first, int last, uint32_t prot, iovec *out, int room) noexcept nogil
+    cdef int vectors_of(self, Chain *chain, int first, int last, uint32_t prot,
+                        iovec *out, int room) noexcept nogil

@@ -1,9 +1,10 @@
 # cython: language_level=3
-"""The device's side of a split virtqueue (virtio 1.3, section 2.7), with indirect descriptors and event index.
+"""The device's side of a split virtqueue (virtio 1.3, 2.7), with indirect descriptors and event index.
 
-Everything in the rings was written by a driver that may lie. Each descriptor is read once into the device's own memory and checked there;
-what does not hold breaks this queue, `fault` says how, and nothing else. Indices are single aligned loads and stores: acquire on
-avail.idx, release on used.idx, a full fence where event index needs one.
+Everything in the rings was written by a driver that may lie. Each descriptor is read once into the device's
+own memory and checked there; what does not hold breaks this queue, `fault` says how, and nothing else.
+Indices are single aligned loads and stores: acquire on avail.idx, release on used.idx, a full fence where
+event index needs one.
 
 Callers hold the card's gate.
 """
@@ -36,7 +37,7 @@ cdef packed struct Descriptor:
 
 
 MAX_QUEUE_SIZE = 32768      # virtio 1.3, 2.7
-MAX_CHAIN = MAX_SEGMENTS    # descriptors in one chain: what readv and writev take (UIO_MAXIOV); no driver comes near
+MAX_CHAIN = MAX_SEGMENTS    # descriptors in a chain: UIO_MAXIOV, what readv and writev take
 
 # Why a queue is broken, by the number the walker returns.
 FAULTS = {
@@ -76,12 +77,19 @@ cdef class VirtQueue:
         self._descriptors = NULL
         self._signalled_valid = False
 
-    def enable(self, uint16_t size, uint64_t descriptors, uint64_t driver, uint64_t device, *, bint event_index=False, bint indirect=False):
-        """Start on the rings at these addresses; raises DeviceError(EINVAL) for a size or an alignment that the spec excludes."""
+    def enable(self, uint16_t size, uint64_t descriptors, uint64_t driver, uint64_t device, *,
+               bint event_index=False, bint indirect=False):
+        """Start on the rings at these addresses.
+
+        Raises DeviceError(EINVAL) for a size or an alignment that the spec excludes.
+        """
         if size == 0 or size > self.max_size or size & (size - 1):
-            raise DeviceError(errno.EINVAL, f"queue {self.index}: size {size} is not a power of two up to {self.max_size}")
+            raise DeviceError(
+                errno.EINVAL, f"queue {self.index}: size {size} is not a power of two up to {self.max_size}")
         if descriptors & 15 or driver & 1 or device & 3:
-            raise DeviceError(errno.EINVAL, f"queue {self.index}: rings at {descriptors:#x}, {driver:#x}, {device:#x} are not aligned")
+            raise DeviceError(
+                errno.EINVAL,
+                f"queue {self.index}: rings at {descriptors:#x}, {driver:#x}, {device:#x} are not aligned")
         self.size = size
         self.descriptor_address, self.driver_address, self.device_address = descriptors, driver, device
         self.event_index, self.indirect = event_index, indirect
@@ -107,7 +115,7 @@ cdef class VirtQueue:
     # --- rings
 
     cdef bint resolve(self) noexcept nogil:
-        """Find the rings in the DMA windows, again after each change of those; False while they are not all there."""
+        """Find the rings in the DMA windows, again after each change of those; False while any is missing."""
         cdef uint64_t size = self.size
         if self._generation == self.dma.generation and self._generation != 0:
             return self._descriptors != NULL
@@ -123,7 +131,7 @@ cdef class VirtQueue:
         return self.enabled and self._fault == 0 and self.resolve()
 
     cdef uint16_t available(self) noexcept nogil:
-        """avail.idx as it is now; it differs from `last_avail` when chains are waiting. The queue must be ready."""
+        """avail.idx as it is now; it differs from `last_avail` when chains wait. The queue must be ready."""
         return load16_acquire(&self._avail[1])
 
     cdef int pop_chain(self, Chain *chain) noexcept nogil:
@@ -194,8 +202,12 @@ cdef class VirtQueue:
             return 9
         return 0
 
-    cdef int vectors_of(self, Chain *chain, int first, int last, uint32_t prot, iovec *out, int room) noexcept nogil:
-        """Turn segments first..last-1 into at most `room` pieces of memory: their number, or -1 and the queue is broken."""
+    cdef int vectors_of(self, Chain *chain, int first, int last, uint32_t prot,
+                        iovec *out, int room) noexcept nogil:
+        """Turn segments first..last-1 into at most `room` pieces of memory.
+
+        Returns the number of pieces, or -1 and the queue is broken.
+        """
         cdef int i, used = 0
         cdef uint64_t done, run
         cdef uint8_t *where
@@ -203,7 +215,8 @@ cdef class VirtQueue:
             done = 0
             while done < chain.segment[i].length:
                 if (used == room or chain.segment[i].address + done < done
-                        or self.dma.span(chain.segment[i].address + done, chain.segment[i].length - done, prot, &where, &run) != FAULT_NONE):
+                        or self.dma.span(chain.segment[i].address + done, chain.segment[i].length - done,
+                                         prot, &where, &run) != FAULT_NONE):
                     self._fault = 8
                     return -1
                 out[used].iov_base = where
@@ -223,7 +236,7 @@ cdef class VirtQueue:
         store16_release(&self._used[1], self.used_index)
 
     cdef bint wants_interrupt(self) noexcept nogil:
-        """Whether the driver wants to be told of what was published since this was last asked (2.7.7, 2.7.10)."""
+        """Whether the driver wants to be told of what was published since this was last asked (2.7.7)."""
         cdef uint16_t event, previous = self._signalled
         cdef bint known = self._signalled_valid
         fence()
@@ -251,7 +264,7 @@ cdef class VirtQueue:
     # --- the same for Python: control queues, prototypes and tests
 
     def pop(self):
-        """The next available chain as a DescriptorChain, or None; raises DeviceError(EIO) when the queue is broken."""
+        """The next available chain as a DescriptorChain, or None; DeviceError(EIO): the queue is broken."""
         cdef int got = self.pop_chain(&self._chain)
         if got < 0:
             raise DeviceError(errno.EIO, f"queue {self.index} is broken: {self.fault}")
