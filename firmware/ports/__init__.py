@@ -28,7 +28,9 @@ KINDS: dict[str, PortKind] = {
         "firmware.ports.tap",
         "TapPort",
         (
-            Option("name", "the device; it is created if it does not exist, and a %d in it is numbered", required=True),
+            Option(
+                "name", "the device; made if it does not exist, a %d in it becomes a number", required=True
+            ),
             Option("netns", "the network namespace it lives in: a name under /run/netns, or a path"),
             Option("up", "bring the device up (default: yes if it is created here)", boolean),
             Option("mtu", "set the device's MTU, in bytes", whole),
@@ -40,7 +42,8 @@ KINDS: dict[str, PortKind] = {
         "firmware.ports.stream",
         "StreamPort",
         (
-            Option("path", "the peer's socket; it may appear later and come back after it is gone", required=True),
+            Option("path", "the peer's socket; it may appear later and come back after it is gone"),
+            Option("listen", "the socket to make and wait at for a peer, instead of path"),
             Option("reconnect", "seconds between attempts to connect (default: 1)", positive),
         ),
     ),
@@ -51,7 +54,7 @@ KINDS: dict[str, PortKind] = {
         (
             Option("write", "a pcap file for the frames that the guest sends"),
             Option("read", "a pcap or pcapng file of frames for the guest"),
-            Option("speed", "how fast to replay, as a multiple of the file's own time stamps (default: as fast as possible)", positive),
+            Option("speed", "replay at this multiple of the pace of the file (default: at once)", positive),
             Option("loop", "begin again at the end of the file", boolean),
         ),
     ),
@@ -60,9 +63,9 @@ KINDS: dict[str, PortKind] = {
 
 def open_port(spec: str) -> Port:
     """Open the port that `spec` describes; raises PortError with one line that says what to do."""
+    if (named := spec.partition(":")[0]) not in KINDS:
+        raise PortError(f"there is no port {named!r}; the kinds are {', '.join(KINDS)}")
     kind, given = split(spec)
-    if kind not in KINDS:
-        raise PortError(f"there is no port {kind!r}; the kinds are {', '.join(KINDS)}")
     options = check(kind, KINDS[kind].options, given)
     factory: type[Port] = getattr(importlib.import_module(KINDS[kind].module), KINDS[kind].type)
     return factory(spec, **options)

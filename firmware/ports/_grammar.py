@@ -1,17 +1,18 @@
 """The grammar of `--port`: `kind:key=value,key=value`.
 
-A value that contains a comma or a space is quoted, as a shell would quote it: `pcap:read="a,b.pcap"`.
+A value with a comma, a quotation mark or a backslash in it is quoted as for a shell: `pcap:read="a,b.pcap"`.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from firmware.ports._port import PortError
 
-MAX_SPEC = 4096                 # two paths of the greatest length Linux takes (PATH_MAX) would be a mistake already
+MAX_SPEC = 2 * 4096 + 1024      # two paths of the greatest length that Linux takes (PATH_MAX), and the rest
 
 Value = str | int | float | bool
 
@@ -43,6 +44,7 @@ def text(value: str) -> str:
     """some text."""
     if not value or "\0" in value:
         raise ValueError("some text")
+    os.fsencode(value)          # UnicodeEncodeError, a ValueError, for what no file can be called
     return value
 
 
@@ -83,7 +85,7 @@ def split(spec: str) -> tuple[str, dict[str, str]]:
         if not equals or not key:
             raise PortError(f"port {spec!r}: {part!r} should be key=value")
         if key in options:
-            raise PortError(f"port {spec!r}: {key} is given twice")
+            raise PortError(f"port {spec!r}: {key!r} is given twice")
         options[key] = value
     return kind, options
 

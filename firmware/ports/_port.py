@@ -15,7 +15,7 @@ class PortError(ValueError):
 class Framing(enum.Enum):
     """How frames lie on a port's file descriptor."""
 
-    PACKETS = "packets"         # each read and each write is one frame, behind `vnet_header_size` bytes of header
+    PACKETS = "packets"         # each read and each write is a frame behind `vnet_header_size` bytes
     STREAM = "stream"           # a 4-byte big-endian length, then the frame
     LOOPBACK = "loopback"       # no descriptor: what is sent comes back
 

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import ipaddress
+import logging
 import os
+import re
 import socket
 import struct
+from contextlib import ExitStack
 
 import trio
 
 from firmware.ports._netns import inside
 from firmware.ports._port import Offload, Port, PortError
 
+log = logging.getLogger("trionic.port")
+
 TUNSETIFF = 0x400454CA
 TUNSETOFFLOAD = 0x400454D0
+TUNGETIFF = 0x800454D2
 TUNSETVNETHDRSZ = 0x400454D8
+TUNSETVNETLE = 0x400454DC
 IFF_TAP = 0x0002
 IFF_NO_PI = 0x1000
 IFF_VNET_HDR = 0x4000
@@ -26,7 +34,10 @@ IFF_UP = 1
 RTMGRP_LINK = 1                 # linux/rtnetlink.h: tell of links that change
 
 HEADER_SIZE = 12                # struct virtio_net_hdr_v1
+MIN_MTU, MAX_MTU = 68, 65521    # what the kernel takes: ETH_MIN_MTU; 65535 less the Ethernet header
+
 MAX_NAME = 15                   # IFNAMSIZ - 1
+_NAME = re.compile(r"[^\s/:%]*(%d)?[^\s/:%]*")   # as net/core/dev.c has it
 
 _OFFLOADS = {
     Offload.CSUM: TUN_F_CSUM,
@@ -57,83 +68,122 @@ class TapPort(Port):
         ip: str | None = None,
     ) -> None:
         super().__init__(spec)
-        if len(name.encode()) > MAX_NAME or "/" in name:
-            raise PortError(f"port tap: {name!r} is no interface name: at most {MAX_NAME} bytes, no slash")
+        if len(os.fsencode(name)) > MAX_NAME or name in (".", "..") or not _NAME.fullmatch(name):
+            raise PortError(
+                f"port tap: {name!r} is no interface name: at most {MAX_NAME} bytes, no space, slash or"
+                " colon, one %d where a number shall stand"
+            )
+        address = None if ip is None else _interface_address(ip)
+        if mtu is not None and not MIN_MTU <= mtu <= MAX_MTU:
+            raise PortError(f"port tap: an MTU is {MIN_MTU} to {MAX_MTU} bytes, not {mtu}")
         self.name = name
+        self._created = False
         inside(netns, self._open)
         try:
             if mtu is not None:
-                self._set_mtu(mtu)
-            if ip is not None:
-                inside(netns, lambda: self._set_address(ip))
+                self._set("take an MTU", SIOCSIFMTU, mtu)
+            if address is not None:
+                inside(netns, lambda: self._add_address(address))
             if up or (up is None and self._created):
-                self._set_up()
-            self.mtu = self._interface(SIOCGIFMTU)
+                self._set("come up", SIOCSIFFLAGS, self._get(SIOCGIFFLAGS) & 0xFFFF | IFF_UP)
+            self.mtu = self._get(SIOCGIFMTU)
             self.link_up = self._is_up()
         except BaseException:
             self.close()
             raise
 
     def _open(self) -> None:
-        """Everything that belongs to the namespace: the device, a socket to ask about it, one to be told of changes."""
+        """What belongs to the namespace: the device, a socket to ask about it, one to be told of changes."""
         existing = {name for _, name in socket.if_nameindex()}
-        try:
-            self.fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            raise PortError(f"port tap: /dev/net/tun: {error.strerror}; `modprobe tun` makes it, root or its group may open it") from None
-        try:
-            request = struct.pack("16sH22x", self.name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
-            self.name = fcntl.ioctl(self.fd, TUNSETIFF, request)[:16].rstrip(b"\0").decode()
-            fcntl.ioctl(self.fd, TUNSETVNETHDRSZ, struct.pack("i", HEADER_SIZE))
-            self.set_offloads(Offload(0))
-        except OSError as error:
-            os.close(self.fd)
-            raise PortError(f"port tap: {self.name}: {_advice(error, self.name)}") from None
-        self._created = self.name not in existing
-        self._control = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        self._changes = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-        self._changes.bind((0, RTMGRP_LINK))
+        with ExitStack() as undo:
+            try:
+                fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError as error:
+                raise PortError(
+                    f"port tap: /dev/net/tun: {error.strerror}; `modprobe tun` makes it, and root may open it"
+                ) from None
+            undo.callback(os.close, fd)
+            request = struct.pack("16sH22x", os.fsencode(self.name), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
+            try:
+                self.name = _name_in(fcntl.ioctl(fd, TUNSETIFF, request))
+                fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", HEADER_SIZE))
+                fcntl.ioctl(fd, TUNSETVNETLE, struct.pack("i", 1))
+                fcntl.ioctl(fd, TUNSETOFFLOAD, 0)
+            except OSError as error:
+                raise PortError(f"port tap: {self.name}: {_advice(error, self.name)}") from None
+            self._created = self.name not in existing
+            self._control = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+            undo.callback(self._control.close)
+            kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+            self._changes = socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE)
+            undo.callback(self._changes.close)
+            self._changes.bind((0, RTMGRP_LINK))
+            undo.pop_all()
+        self.fd = fd
 
-    def _interface(self, request: int, value: int = 0) -> int:
-        """One of the interface ioctls with an integer in struct ifreq."""
-        packed = struct.pack("16si20x", self.name.encode(), value)
+    def _get(self, request: int) -> int:
+        """One of the interface ioctls that answer with an integer in struct ifreq."""
+        packed = struct.pack("16si20x", os.fsencode(self.name), 0)
         answer: int = struct.unpack_from("i", fcntl.ioctl(self._control, request, packed), 16)[0]
         return answer
 
-    def _is_up(self) -> bool:
+    def _set(self, what: str, request: int, value: int) -> None:
         try:
-            return bool(self._interface(SIOCGIFFLAGS) & IFF_UP)
-        except OSError:
-            return False        # the device has been deleted
-
-    def _set_up(self) -> None:
-        try:
-            self._interface(SIOCSIFFLAGS, self._interface(SIOCGIFFLAGS) & 0xFFFF | IFF_UP)
+            fcntl.ioctl(self._control, request, struct.pack("16si20x", os.fsencode(self.name), value))
         except OSError as error:
-            raise PortError(f"port tap: {self.name} cannot be brought up: {_advice(error, self.name)}") from None
+            why = _advice(error, self.name)
+            raise PortError(f"port tap: {self.name} does not {what}: {why}") from None
 
-    def _set_mtu(self, mtu: int) -> None:
+    def _is_up(self) -> bool:
+        if self.fd < 0:
+            return False
         try:
-            self._interface(SIOCSIFMTU, mtu)
-        except (OSError, struct.error) as error:
-            why = _advice(error, self.name) if isinstance(error, OSError) and error.errno == errno.EPERM else "68 to 65521 is possible"
-            raise PortError(f"port tap: {self.name} does not take an MTU of {mtu} bytes: {why}") from None
+            self.name = _name_in(fcntl.ioctl(self.fd, TUNGETIFF, bytes(40)))    # it may have been renamed
+            return bool(self._get(SIOCGIFFLAGS) & IFF_UP)
+        except OSError:
+            return False        # the device has been deleted, or is in another namespace now
 
-    def _set_address(self, address: str) -> None:
-        from pyroute2 import IPRoute  # noqa: PLC0415  (it takes longer to import than the server to start)
-        from pyroute2.netlink.exceptions import NetlinkError  # noqa: PLC0415
+    def _add_address(self, address: ipaddress.IPv4Interface | ipaddress.IPv6Interface) -> None:
+        # Imported here, for it takes longer to import than the server to start.
+        from pyroute2 import IPRoute
+        from pyroute2.netlink.exceptions import NetlinkError
 
         try:
             with IPRoute() as route:
-                index = route.link_lookup(ifname=self.name)[0]
-                route.addr("replace", index=index, address=address)
-        except (NetlinkError, OSError, ValueError, IndexError) as error:
-            reason = error.args[-1] if error.args else error
-            raise PortError(f"port tap: {self.name} does not take the address {address!r}: {reason}") from None
+                route.addr(
+                    "replace",
+                    index=socket.if_nametoindex(self.name),
+                    address=str(address.ip),
+                    prefixlen=address.network.prefixlen,
+                )
+        except NetlinkError as error:
+            why = _advice(OSError(error.code, os.strerror(error.code)), self.name)
+            raise PortError(f"port tap: {self.name} does not take the address {address}: {why}") from None
 
     def set_offloads(self, accepted: Offload) -> None:
         """Let the kernel hand over frames that still need the accepted work."""
-        fcntl.ioctl(self.fd, TUNSETOFFLOAD, sum(flag for offload, flag in _OFFLOADS.items() if accepted & offload))
+        wanted = sum(flag for offload, flag in _OFFLOADS.items() if accepted & offload)
+        try:
+            fcntl.ioctl(self.fd, TUNSETOFFLOAD, wanted)
+        except (OSError, ValueError) as error:
+            if not self._deleted():
+                raise
+            log.debug("%s: offloads of a device that has been deleted: %s", self.name, error)
+
+    def _deleted(self) -> bool:
+        try:
+            fcntl.ioctl(self.fd, TUNGETIFF, bytes(40))
+        except (OSError, ValueError):
+            return True
+        return False
+
+    def peer_lost(self) -> None:
+        """The device has been deleted: nothing can be plugged in any more."""
+        log.warning("%s: the TAP device has been deleted; its card has no link from now on", self.name)
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        super().peer_lost()
 
     async def run(self) -> None:
         """Follow the device: the guest's link goes up and down with it."""
@@ -155,16 +205,30 @@ class TapPort(Port):
         """Close the device; one that was created here vanishes."""
         if self.fd >= 0:
             os.close(self.fd)
-            self._control.close()
-            self._changes.close()
             self.fd = -1
+        self._control.close()
+        self._changes.close()
+
+
+def _interface_address(text: str) -> ipaddress.IPv4Interface | ipaddress.IPv6Interface:
+    try:
+        return ipaddress.ip_interface(text)
+    except ValueError:
+        raise PortError(f"port tap: ip={text!r} is no address such as 10.0.0.1/24 or fd00::1/64") from None
+
+
+def _name_in(answer: bytes) -> str:
+    return os.fsdecode(answer[:16].partition(b"\0")[0])
 
 
 def _advice(error: OSError, name: str) -> str:
     """The reason and the way out."""
     match error.errno:
         case errno.EPERM | errno.EACCES:
-            return f"permission denied; run as root, or let root prepare it: ip tuntap add dev {name} mode tap vnet_hdr user $USER"
+            return (
+                "permission denied; run as root, or let root prepare it:"
+                f" ip tuntap add dev {name} mode tap vnet_hdr user $USER"
+            )
         case errno.EBUSY:
             return "another program uses it; stop that one or take another name"
         case errno.EINVAL:
