@@ -1,10 +1,19 @@
-"""A device on a socket: the trio loop that serves PCI functions over vfio-user."""
+"""A device on a socket: the trio loop that serves PCI functions over vfio-user.
+
+Names are loaded when they are first used: a command that makes its sockets first is there for its clients
+before trio and the protocol are loaded.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from server.errors import ServerError, SocketBusyError, SocketPathError
-from server.limits import SessionLimits
 from server.listener import Listener
-from server.serving import serve
-from server.session import Session
+
+if TYPE_CHECKING:
+    from server.limits import SessionLimits
+    from server.serving import serve
+    from server.session import Session
 
 __all__ = [
     "Listener",
@@ -15,3 +24,11 @@ __all__ = [
     "SocketPathError",
     "serve",
 ]
+
+_LATER = {"Session": "server.session", "SessionLimits": "server.limits", "serve": "server.serving"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)

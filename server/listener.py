@@ -9,6 +9,9 @@ Guarantees:
   refused.
 - Two servers that start at once cannot both replace the same stale file: the folder is locked meanwhile.
 - On close the file is removed only if it is still the one made here.
+
+It listens as soon as it is made. Only `accept` needs trio, so that a command can listen first and load the
+rest while its client connects.
 """
 
 from __future__ import annotations
@@ -24,8 +27,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
-
-import trio
 
 from server.errors import SocketBusyError, SocketPathError
 
@@ -95,6 +96,8 @@ class Listener:
 
     async def accept(self) -> socket.socket:
         """The next client's socket, non-blocking and closed on exec."""
+        import trio
+
         while True:
             await trio.lowlevel.wait_readable(self._socket)
             try:

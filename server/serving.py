@@ -20,13 +20,13 @@ log = logging.getLogger("trionic.server")
 
 
 async def serve(
-    cards: Sequence[tuple[PciFunction, Path]],
+    cards: Sequence[tuple[PciFunction, Path | Listener]],
     *,
     poll_us: int = 0,
     limits: SessionLimits | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve each function at its path until cancelled; started once all of them listen.
+    """Serve each function at its path or listener until cancelled; started once all of them listen.
 
     ``poll_us``: microseconds to spin for a client's next message before sleeping. A second client of a card
     waits until the first has left. Sockets are removed at the end, however it comes; the functions are left
@@ -34,7 +34,10 @@ async def serve(
     be made.
     """
     with contextlib.ExitStack() as sockets:
-        listeners = [sockets.enter_context(Listener(path)) for _, path in cards]
+        listeners = [
+            sockets.enter_context(place if isinstance(place, Listener) else Listener(place))
+            for _, place in cards
+        ]
         async with trio.open_nursery() as nursery:
             for (function, _), listener in zip(cards, listeners, strict=True):
                 nursery.start_soon(_serve_card, function, listener, poll_us, limits)

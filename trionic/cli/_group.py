@@ -49,11 +49,9 @@ class _Commands(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
-        from server.errors import ServerError
-
         try:
             return super().invoke(ctx)
-        except (TrionicError, ServerError) as error:
+        except TrionicError as error:
             raise Refusal(str(error)) from error
 
 

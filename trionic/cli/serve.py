@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from server import Listener, ServerError
 from trionic.config import (
     DEFAULT_BAR2_SIZE,
     DEFAULT_PORT,
     CardConfig,
     ServeConfig,
     check_sockets,
+    derive_mac,
     load_config,
     parse_bar2_size,
     parse_mac,
     parse_mtu,
     parse_poll_us,
 )
-from trionic.errors import ConfigError
+from trionic.errors import ConfigError, TrionicError
+from trionic.qemu import OLDEST_QEMU, attach_line
 
 __all__ = ["serve"]
 
@@ -128,9 +133,26 @@ def serve(
       bar2_size = "16M"
     """
     settings = _settings(sockets, ports, macs, mtu, bar2_size, poll_us, config)
-    from trionic.serving import run
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as opened:
+        try:
+            listeners = [opened.enter_context(Listener(card.socket)) for card in settings.cards]
+        except ServerError as error:
+            raise TrionicError(str(error)) from error
+        from trionic.serving import run  # late: clients may connect while the rest is loaded
 
-    run(settings, log_level)
+        run(settings, listeners, log_level, lambda: _tell(settings))
+
+
+def _tell(settings: ServeConfig) -> None:
+    """For each card the line that plugs it in, then the word that scripts wait for."""
+    for card in settings.cards:
+        mac = card.mac or derive_mac(card.socket)
+        click.echo(
+            f"{card.socket}: {card.port}, {mac.hex(':')}; plug it into QEMU {OLDEST_QEMU} or newer with"
+        )
+        click.echo(f"  {attach_line(card.socket)}")
+    click.echo("READY=1")
 
 
 def _settings(

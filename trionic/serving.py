@@ -1,0 +1,115 @@
+"""Cards as the settings describe them, made and served until a signal ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import trio
+
+from firmware.nic import Nic
+from firmware.ports import PortError, open_port
+from server import Listener, ServerError, serve
+from trionic.config import CardConfig, ServeConfig, derive_mac
+from trionic.errors import TrionicError
+
+__all__ = ["open_cards", "run", "serve_cards"]
+
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+# Errors that are told in one line, wherever in the tree of tasks they come up.
+_TOLD = (TrionicError, ServerError, PortError)
+
+
+def run(
+    settings: ServeConfig, listeners: Sequence[Listener], log_level: str, ready: Callable[[], None]
+) -> None:
+    """Serve each card at its listener until SIGINT or SIGTERM; calls ``ready`` once all can be used.
+
+    Raises `TrionicError` with one line for whatever the user can mend.
+    """
+    logging.basicConfig(level=log_level.upper(), format=_LOG_FORMAT)
+    try:
+        trio.run(_serve_until_signal, settings, listeners, ready)
+    except (PortError, ServerError) as error:
+        raise TrionicError(str(error)) from error
+    except BaseExceptionGroup as group:
+        told = _first_told(group)
+        if told is None:
+            raise
+        raise TrionicError(str(told)) from told
+
+
+async def serve_cards(
+    settings: ServeConfig,
+    listeners: Sequence[Listener] | None = None,
+    *,
+    task_status: trio.TaskStatus[Sequence[Nic]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Make the cards, serve them until cancelled, and give everything back; started once all of them listen.
+
+    ``listeners``, one for each card, if they were made before; else they are made at the cards' sockets.
+
+    Raises `PortError` or `server.ServerError`, one line each, for a port or a socket that cannot be had.
+    """
+    with open_cards(settings.cards, settings.poll_us) as nics:
+        async with trio.open_nursery() as nursery:
+            places: Sequence[Listener | Path] = listeners or [card.socket for card in settings.cards]
+            served = [(nic.function, place) for nic, place in zip(nics, places, strict=True)]
+
+            async def start(task_status: trio.TaskStatus[None]) -> None:
+                await serve(served, poll_us=settings.poll_us, task_status=task_status)
+
+            await nursery.start(start)
+            for nic in nics:
+                nursery.start_soon(nic.run)
+            task_status.started(nics)
+
+
+@contextlib.contextmanager
+def open_cards(cards: Sequence[CardConfig], poll_us: int = 0) -> Iterator[Sequence[Nic]]:
+    """The cards with their ports open, closed again at the end; `PortError` if a port cannot be had."""
+    with contextlib.ExitStack() as opened:
+        nics = []
+        for card in cards:
+            port = open_port(card.port)
+            undo = opened.enter_context(contextlib.ExitStack())
+            undo.callback(port.close)
+            nic = Nic(
+                port,
+                name=card.socket.name,
+                mac=card.mac or derive_mac(card.socket),
+                mtu=card.mtu,
+                bar2_size=card.bar2_size,
+                busy_poll_us=poll_us,
+            )
+            undo.pop_all()  # from now on the card closes its port
+            opened.callback(nic.close)
+            nics.append(nic)
+        yield nics
+
+
+async def _serve_until_signal(
+    settings: ServeConfig, listeners: Sequence[Listener], ready: Callable[[], None]
+) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve_cards, settings, listeners)
+            ready()
+            async for _ in signals:
+                nursery.cancel_scope.cancel()
+                break
+
+
+def _first_told(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
+    """The first error of the group that has its one line to tell; None if another kind is among them."""
+    told = group.subgroup(_TOLD)
+    if told is None or group.subgroup(lambda error: not isinstance(error, (*_TOLD, BaseExceptionGroup))):
+        return None
+    first: BaseException = told
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first
