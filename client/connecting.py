@@ -1,0 +1,150 @@
+"""How a session begins: connect, agree on a version, ask what the device has."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from errno import EAGAIN
+from typing import Final
+
+import trio
+
+from client._nursery import background
+from client._socket import close_all, receive
+from client.errors import BadReplyError, ConnectError, ServerError
+from client.regions import IrqDetails, RegionDetails, needed_argsz, region_from_reply
+from client.session import RECEIVE_SIZE, Session
+from protocol import Broken, Command, Connection, Limits, Negotiated, Role
+from protocol.messages import DeviceInfo, IrqInfo, RegionInfo
+from protocol.vfio import IrqInfoFlags, RegionFlags
+
+FIRST_ARGSZ: Final = 512
+"""Bytes allowed in the first question about a region: enough for 29 sparse areas."""
+
+MAX_REGIONS: Final = 100
+MAX_IRQS: Final = 50
+"""More is a malign server's (QEMU draws the same lines)."""
+
+MAX_QUESTIONS: Final = 4
+"""Times a region is asked for with more room; an honest server needs two."""
+
+BUSY_RETRY: Final = 0.01
+"""Seconds until a listener with a full backlog is tried again; unix sockets cannot be waited for there."""
+
+
+@asynccontextmanager
+async def connect(path: str | os.PathLike[str], *, limits: Limits | None = None) -> AsyncIterator[Session]:
+    """A session with the server at a unix socket; it ends with the block.
+
+    Raises ConnectError if nobody listens there or no version can be agreed on. There is no timeout of its
+    own: use trio.fail_after.
+    """
+    sock = await _open(os.fspath(path))
+    async with over_socket(sock, limits=limits) as session:
+        yield session
+
+
+@asynccontextmanager
+async def over_socket(sock: socket.socket, *, limits: Limits | None = None) -> AsyncIterator[Session]:
+    """A session over a connected unix stream socket, which it takes over; see `connect`."""
+    sock.setblocking(False)
+    connection = Connection(Role.CLIENT, limits)
+    session = Session(sock, connection)
+    try:
+        await _negotiate(sock, connection)
+        async with background() as nursery:
+            nursery.start_soon(session.read_loop)
+            nursery.start_soon(session.write_loop)
+            await _ask(session)
+            yield session
+    finally:
+        session.close()
+
+
+async def _open(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        while True:
+            try:
+                sock.connect(path)
+                return sock
+            except OSError as error:
+                if error.errno != EAGAIN:
+                    raise ConnectError(f"cannot connect to {path}: {error.strerror or error}") from None
+            await trio.sleep(BUSY_RETRY)
+    except BaseException:
+        sock.close()
+        raise
+
+
+async def _negotiate(sock: socket.socket, connection: Connection) -> None:
+    buffer = bytearray(RECEIVE_SIZE)
+    proposal = connection.propose()
+    try:
+        if sock.send(proposal) != len(proposal):
+            raise ConnectError("the server does not take VERSION")
+        while not connection.ready:
+            await trio.lowlevel.wait_readable(sock)
+            got = receive(sock, buffer, connection.limits.max_msg_fds)
+            if got is None:
+                continue
+            size, fds, lost = got
+            if size == 0:
+                raise ConnectError("the server closed the connection instead of agreeing on a version")
+            events = connection.receive(memoryview(buffer)[:size], fds, fds_lost=lost)
+            for event in events:
+                close_all(event.fds)
+                if isinstance(event, Broken):
+                    raise ConnectError(f"no agreement with the server: {event.error}")
+            if len(events) > 1 or not isinstance(events[0] if events else None, Negotiated | None):
+                raise ConnectError("the server speaks before it was asked")
+    except OSError as error:
+        raise ConnectError(f"no agreement with the server: {error.strerror}") from None
+
+
+async def _ask(session: Session) -> None:
+    """Fill in what the server offers; a region or an interrupt that it refuses to describe is absent."""
+    reply = await session.request(Command.DEVICE_GET_INFO, DeviceInfo(DeviceInfo.size))
+    assert isinstance(reply.body, DeviceInfo)
+    info = reply.body
+    if info.num_regions > MAX_REGIONS or info.num_irqs > MAX_IRQS:
+        raise BadReplyError(
+            reply.command, f"{info.num_regions} regions and {info.num_irqs} kinds of interrupts"
+        )
+    session.info = info
+    session.regions = ()
+    session.irqs = ()
+    for index in range(info.num_regions):
+        session.regions += (await _ask_region(session, index),)
+    for index in range(info.num_irqs):
+        session.irqs += (await _ask_irq(session, index),)
+
+
+async def _ask_region(session: Session, index: int) -> RegionDetails:
+    argsz = FIRST_ARGSZ
+    for _ in range(MAX_QUESTIONS):
+        try:
+            reply = await session.request(Command.DEVICE_GET_REGION_INFO, RegionInfo(argsz, index=index))
+        except ServerError:
+            return RegionDetails(index, 0, RegionFlags(0), 0, (), ())
+        try:
+            needed = needed_argsz(reply, argsz)
+            if needed is None:
+                return region_from_reply(index, reply)
+        except BadReplyError:
+            close_all(reply.fds)
+            raise
+        close_all(reply.fds)
+        argsz = needed
+    raise BadReplyError(Command.DEVICE_GET_REGION_INFO, "it needs more room each time")
+
+
+async def _ask_irq(session: Session, index: int) -> IrqDetails:
+    try:
+        reply = await session.request(Command.DEVICE_GET_IRQ_INFO, IrqInfo(IrqInfo.size, index=index))
+    except ServerError:
+        return IrqDetails(index, 0, IrqInfoFlags(0))
+    assert isinstance(reply.body, IrqInfo)
+    return IrqDetails(index, reply.body.count, reply.body.flags)

@@ -1,0 +1,171 @@
+"""Interrupts as eventfds that a task can wait for.
+
+    async with msix(session, 3) as vectors:
+        count = await vectors[1].wait()
+
+MSI and MSI-X count: `wait` says how often the vector fired since the last time. INTx is a level: after it
+fired it stays masked until `unmask`, and fires again at once if the device still asserts it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from typing import Final
+
+import trio
+
+from client.errors import ClientError
+from client.session import Session
+from protocol.vfio import IrqIndex, IrqSetFlags
+
+DISABLE_TIMEOUT: Final = 2.0
+"""Seconds that a server gets to let go of the eventfds when their block ends by an exception or a
+cancellation.
+"""
+
+_WIRE: Final = IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER
+_DISABLE: Final = IrqSetFlags.DATA_NONE | IrqSetFlags.ACTION_TRIGGER
+
+
+class Interrupt:
+    """One vector: an eventfd that the server writes to. One task at a time may wait."""
+
+    def __init__(self, session: Session, index: IrqIndex, vector: int) -> None:
+        self.session = session
+        self.index = index
+        self.vector = vector
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def poll(self) -> int:
+        """How often it fired since the last `poll` or `wait`; 0 if not."""
+        try:
+            return os.eventfd_read(self.fd)
+        except BlockingIOError:
+            return 0
+
+    async def wait(self) -> int:
+        """Wait until it fires; how often it did since the last time, at least 1."""
+        while True:
+            await trio.lowlevel.wait_readable(self.fd)
+            count = self.poll()
+            if count:
+                return count
+
+    async def mask(self) -> None:
+        """Tell the device to hold this vector back; raises ServerError where the kind cannot be masked."""
+        await self._act(IrqSetFlags.ACTION_MASK)
+
+    async def unmask(self) -> None:
+        """Let it fire again; for INTx after each interrupt, once the device was told to take its line
+        down.
+        """
+        await self._act(IrqSetFlags.ACTION_UNMASK)
+
+    async def trigger(self) -> None:
+        """Make the server fire it, as a test of the wiring."""
+        await self._act(IrqSetFlags.ACTION_TRIGGER)
+
+    async def _act(self, action: IrqSetFlags) -> None:
+        await self.session.set_irqs(self.index, IrqSetFlags.DATA_NONE | action, self.vector, 1)
+
+    def close(self) -> None:
+        """Close the eventfd; whoever waits gets trio.ClosedResourceError."""
+        trio.lowlevel.notify_closing(self.fd)
+        os.close(self.fd)
+
+
+class IntxLine(Interrupt):
+    """The legacy interrupt line. `unmask` goes by message, or by an eventfd after `wire_unmask`."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session, IrqIndex.INTX, 0)
+        self._unmask_fd = -1
+
+    async def wire_unmask(self) -> None:
+        """Give the server an eventfd to listen on, as KVM's resamplefd does; `unmask_now` then costs no
+        message.
+        """
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            flags = IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_UNMASK
+            await self.session.set_irqs(IrqIndex.INTX, flags, 0, 1, fds=(fd,))
+        except BaseException:
+            os.close(fd)
+            raise
+        self._close_unmask()
+        self._unmask_fd = fd
+
+    def unmask_now(self) -> None:
+        """Unmask through the eventfd; raises ClientError without `wire_unmask`."""
+        if self._unmask_fd < 0:
+            raise ClientError("INTx has no unmask eventfd: call wire_unmask first")
+        os.eventfd_write(self._unmask_fd, 1)
+
+    def close(self) -> None:
+        """Close both eventfds."""
+        self._close_unmask()
+        super().close()
+
+    def _close_unmask(self) -> None:
+        if self._unmask_fd >= 0:
+            os.close(self._unmask_fd)
+            self._unmask_fd = -1
+
+
+async def wire(session: Session, index: IrqIndex, start: int, fds: Sequence[int]) -> None:
+    """Give the server the eventfds of vectors from `start` on, as many in a message as it takes."""
+    step = session.connection.peer.max_msg_fds
+    if fds and not step:
+        raise ClientError("the server takes no descriptors, so no interrupts can be wired")
+    for at in range(0, len(fds), step or 1):
+        part = fds[at : at + step]
+        await session.set_irqs(index, _WIRE, start + at, len(part), fds=part)
+
+
+@asynccontextmanager
+async def _wired(session: Session, index: IrqIndex, vectors: Sequence[Interrupt]) -> AsyncIterator[None]:
+    available = session.irqs[index].count if index < len(session.irqs) else 0
+    if len(vectors) > available:
+        raise ClientError(f"{len(vectors)} vectors of {index.name}: the device has {available}")
+    try:
+        await wire(session, index, 0, [vector.fd for vector in vectors])
+        yield
+    finally:
+        with trio.move_on_after(DISABLE_TIMEOUT, shield=True), suppress(ClientError):
+            await session.set_irqs(index, _DISABLE)
+
+
+@asynccontextmanager
+async def _vectors(session: Session, index: IrqIndex, count: int) -> AsyncIterator[tuple[Interrupt, ...]]:
+    async with AsyncExitStack() as stack:
+        vectors = tuple(Interrupt(session, index, vector) for vector in range(count))
+        for vector in vectors:
+            stack.callback(vector.close)
+        await stack.enter_async_context(_wired(session, index, vectors))
+        yield vectors
+
+
+def msix(session: Session, count: int) -> AbstractAsyncContextManager[tuple[Interrupt, ...]]:
+    """The first `count` MSI-X vectors, wired until the block ends; raises ClientError if there are not so
+    many.
+    """
+    return _vectors(session, IrqIndex.MSIX, count)
+
+
+def msi(session: Session, count: int) -> AbstractAsyncContextManager[tuple[Interrupt, ...]]:
+    """The first `count` MSI vectors, wired until the block ends; raises ClientError if there are not so
+    many.
+    """
+    return _vectors(session, IrqIndex.MSI, count)
+
+
+@asynccontextmanager
+async def intx(session: Session) -> AsyncIterator[IntxLine]:
+    """The INTx line, wired until the block ends; raises ClientError if the device has none."""
+    async with AsyncExitStack() as stack:
+        line = IntxLine(session)
+        stack.callback(line.close)
+        await stack.enter_async_context(_wired(session, IrqIndex.INTX, [line]))
+        yield line

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from errno import EEXIST
+
+import pytest
+import trio
+
+import client
+from tests.client.peer import DMA_MAP, DMA_UNMAP, Peer, open_fds, session_with
+
+
+async def one_window(peer: Peer) -> tuple[int, int, int]:
+    """Accept a window; (iova, size, descriptor)."""
+    message = await peer.expect(DMA_MAP)
+    argsz, flags, offset, iova, size = struct.unpack("=IIQQQ", message.payload)
+    assert (argsz, flags, offset) == (32, 3, 0)
+    peer.reply(message)
+    (fd,) = message.fds
+    return iova, size, fd
+
+
+async def no_window(peer: Peer, iova: int, size: int) -> None:
+    """Take a window back."""
+    message = await peer.expect(DMA_UNMAP)
+    assert message.payload == struct.pack("=IIQQ", 24, 0, iova, size)
+    peer.reply(message, message.payload)
+
+
+async def test_both_sides_see_the_same_bytes() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            iova, size, fd = await one_window(peer)
+            assert size == 8192
+            with mmap.mmap(fd, size) as device:
+                device[100:105] = b"hello"
+            os.close(fd)
+            await no_window(peer, iova, size)
+
+        nursery.start_soon(serve)
+        async with client.dma_memory(session, 5000) as memory:
+            assert bytes(memory.view[100:105]) == b"hello"
+            assert memory.size == 8192
+
+
+async def test_the_size_of_the_memory_is_sealed() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            iova, size, fd = await one_window(peer)
+            with pytest.raises(PermissionError):
+                os.truncate(fd, 0)
+            os.close(fd)
+            await no_window(peer, iova, size)
+
+        nursery.start_soon(serve)
+        async with client.dma_memory(session, 4096):
+            pass
+
+
+async def test_pieces_are_aligned_zeroed_and_do_not_overlap() -> None:
+    memory = client.DmaMemory(8192, 0x10000)
+    first = memory.allocate(10)
+    second = memory.allocate(100, align=256)
+    assert (first.iova, second.iova) == (0x10000, 0x10100)
+    assert len(second.view) == 100
+    second.view[:] = b"x" * 100
+    assert bytes(memory.view[0x100:0x164]) == b"x" * 100
+    with pytest.raises(client.ClientError, match="left"):
+        memory.allocate(8192)
+    memory.clear()
+    assert memory.allocate(8192).iova == 0x10000
+    assert not any(memory.view)
+    memory.close()
+
+
+async def test_the_window_is_taken_back_when_the_block_fails_or_is_cancelled() -> None:
+    before = open_fds()
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            for _ in range(2):
+                iova, size, fd = await one_window(peer)
+                os.close(fd)
+                assert iova == 0x5000
+                await no_window(peer, iova, size)
+
+        nursery.start_soon(serve)
+        with pytest.raises(KeyError):
+            async with client.dma_memory(session, 4096, iova=0x5000):
+                raise KeyError
+        with trio.move_on_after(0.01):
+            async with client.dma_memory(session, 4096, iova=0x5000):
+                await trio.sleep_forever()
+    assert open_fds() == before
+
+
+async def test_a_refused_window_gives_its_address_back() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            message = await peer.expect(DMA_MAP)
+            os.close(message.fds[0])
+            peer.refuse(message, EEXIST)
+
+        nursery.start_soon(serve)
+        with pytest.raises(client.ServerError, match="EEXIST"):
+            await client.dma_memory(session, 4096, iova=0x5000).__aenter__()
+        assert session.iovas.take(4096, at=0x5000) == 0x5000
+
+
+async def test_two_windows_get_different_addresses() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            windows = []
+            for _ in range(2):
+                iova, size, fd = await one_window(peer)
+                os.close(fd)
+                windows.append((iova, size))
+            for window in reversed(windows):
+                await no_window(peer, *window)
+
+        nursery.start_soon(serve)
+        async with client.dma_memory(session, 4096) as first, client.dma_memory(session, 4096) as second:
+            assert first.iova + first.size <= second.iova

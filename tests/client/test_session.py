@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from errno import EINVAL
+
+import pytest
+import trio
+import trio.testing
+
+import client
+from client.session import MAX_QUEUED
+from protocol import Command
+from protocol.messages import DeviceInfo
+from protocol.vfio import IrqSetFlags
+from tests.client.peer import (
+    DMA_MAP,
+    DMA_READ,
+    DMA_UNMAP,
+    ERROR,
+    NO_REPLY,
+    REGION_READ,
+    REGION_WRITE,
+    REPLY,
+    RESET,
+    SET_IRQS,
+    Message,
+    Peer,
+    open_fds,
+    session_with,
+)
+
+
+def access(message: Message) -> tuple[int, int, int]:
+    """(offset, region, count) of a read or write."""
+    offset, region, count = struct.unpack_from("=QII", message.payload)
+    return offset, region, count
+
+
+def give(peer: Peer, to: Message, data: bytes) -> None:
+    """Answer a REGION_READ."""
+    peer.reply(to, to.payload[:16] + data)
+
+
+async def test_a_read_asks_and_gives_the_bytes() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+
+        async def read() -> None:
+            assert await session.region_read(7, 0x10, 4) == b"\1\2\3\4"
+
+        nursery.start_soon(read)
+        message = await peer.expect(REGION_READ)
+        assert message.payload == struct.pack("=QII", 0x10, 7, 4)
+        give(peer, message, b"\1\2\3\4")
+
+
+async def test_requests_are_pipelined_and_answered_in_any_order() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+        seen: dict[int, bytes] = {}
+
+        async def read(offset: int) -> None:
+            seen[offset] = await session.region_read(0, offset, 2)
+
+        for offset in range(0, 40, 2):
+            nursery.start_soon(read, offset)
+        asked = [await peer.expect(REGION_READ) for _ in range(20)]
+        assert seen == {}
+        for message in reversed(asked):
+            give(peer, message, struct.pack("=H", access(message)[0]))
+        with trio.fail_after(5):
+            while len(seen) < 20:
+                await trio.testing.wait_all_tasks_blocked()
+        assert all(data == struct.pack("=H", offset) for offset, data in seen.items())
+
+
+async def test_long_transfers_go_in_pieces_that_the_server_takes() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+        content = bytes(range(256)) * 40
+
+        async def serve() -> None:
+            for _ in range(3):
+                message = await peer.expect(REGION_READ)
+                offset, _, count = access(message)
+                assert count <= 4096
+                give(peer, message, content[offset : offset + count])
+            written = b""
+            for _ in range(3):
+                message = await peer.expect(REGION_WRITE)
+                written += message.payload[16:]
+                peer.reply(message, message.payload[:16])
+            assert written == content[:10000]
+
+        nursery.start_soon(serve)
+        assert await session.region_read(2, 0, 10000) == content[:10000]
+        await session.region_write(2, 0, content[:10000])
+
+
+async def test_a_refusal_tells_the_command_and_the_reason() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            with pytest.raises(client.ServerError, match=r"REGION_READ.*EINVAL") as refusal:
+                await session.region_read(0, 0, 4)
+            assert refusal.value.errno == EINVAL
+            assert refusal.value.command is Command.REGION_READ
+
+        nursery.start_soon(ask)
+        peer.refuse(await peer.expect(REGION_READ), EINVAL)
+
+
+@pytest.mark.parametrize("data", [b"abc", b"abcde", b""])
+async def test_a_wrong_answer_fails_its_request_alone(data: bytes) -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            with pytest.raises(client.BadReplyError):
+                await session.region_read(0, 0, 4)
+            await session.reset()
+
+        nursery.start_soon(ask)
+        message = await peer.expect(REGION_READ)
+        peer.reply(message, struct.pack("=QII", 0, 0, min(len(data), 4)) + data)
+        peer.reply(await peer.expect(RESET))
+
+
+async def test_a_short_read_is_not_taken_for_a_whole_one() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            with pytest.raises(client.BadReplyError, match="2 of 4"):
+                await session.region_read(0, 0, 4)
+
+        nursery.start_soon(ask)
+        message = await peer.expect(REGION_READ)
+        peer.reply(message, struct.pack("=QII", 0, 0, 2) + b"ab")
+
+
+async def test_posted_writes_ask_for_no_answer_and_keep_their_order() -> None:
+    async with session_with() as (session, peer):
+        await session.post_write(0, 0x3000, b"\1\0")
+        session.post_write_now(0, 0x3002, b"\2\0")
+        for offset, data in ((0x3000, b"\1\0"), (0x3002, b"\2\0")):
+            message = await peer.expect(REGION_WRITE)
+            assert message.flags == NO_REPLY
+            assert message.payload == struct.pack("=QII", offset, 0, 2) + data
+
+
+async def test_a_reply_to_a_posted_write_is_ignored() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+        await session.post_write(0, 0, b"\1")
+        message = await peer.expect(REGION_WRITE)
+        peer.reply(message, message.payload[:16])
+        nursery.start_soon(session.reset)
+        peer.reply(await peer.expect(RESET))
+
+
+async def test_a_timeout_leaves_the_session_usable() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+        with trio.move_on_after(0.01) as scope:
+            await session.region_read(0, 0, 4)
+        assert scope.cancelled_caught
+        late = await peer.expect(REGION_READ)
+
+        async def again() -> None:
+            assert await session.region_read(0, 4, 4) == b"new!"
+
+        nursery.start_soon(again)
+        message = await peer.expect(REGION_READ)
+        give(peer, late, b"late")
+        give(peer, message, b"new!")
+
+
+async def test_descriptors_in_a_late_answer_are_closed() -> None:
+    async with session_with() as (session, peer):
+        with trio.move_on_after(0.01):
+            await session.request(Command.DEVICE_GET_INFO, DeviceInfo(16))
+        late = await peer.next()
+        before = open_fds()
+        spare = os.memfd_create("late")
+        peer.reply(late, struct.pack("=IIII", 16, 3, 9, 5), (spare,))
+        os.close(spare)
+        await trio.testing.wait_all_tasks_blocked()
+        assert open_fds() == before
+
+
+async def test_a_cancelled_request_that_waits_in_the_queue_still_goes_out_whole() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+        payload = bytes(range(256)) * 16
+        sent = 0
+        with trio.move_on_after(0.05):
+            while True:  # until the kernel takes no more and neither does the session
+                await session.post_write(2, 0, payload)
+                sent += 1
+        assert sent > 10
+        fd = os.memfd_create("dma")
+        with trio.move_on_after(0.01):
+            await session.dma_map(0x1000, 4096, fd=fd)
+        os.close(fd)
+
+        async def finish() -> None:
+            await session.reset()
+
+        nursery.start_soon(finish)
+        for _ in range(sent):
+            message = await peer.expect(REGION_WRITE)
+            assert message.payload[16:] == payload
+        following = await peer.next()
+        if following.command == DMA_MAP:  # it had been queued before its task gave up
+            assert len(following.fds) == 1
+            os.close(following.fds[0])
+            following = await peer.next()
+        assert following.command == RESET
+        peer.reply(following)
+
+
+async def test_a_slow_server_makes_posters_wait() -> None:
+    async with session_with() as (session, _):
+        with trio.move_on_after(0.05) as scope:
+            for _ in range(2 * MAX_QUEUED // 4096 + 1000):
+                await session.post_write(2, 0, bytes(4096))
+        assert scope.cancelled_caught
+        assert session._queued <= MAX_QUEUED + 8192
+
+
+async def test_windows_carry_their_descriptor() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+        fd = os.memfd_create("dma")
+        os.truncate(fd, 8192)
+        inode = os.fstat(fd).st_ino
+
+        async def ask() -> None:
+            await session.dma_map(0x10000, 8192, fd=fd, offset=0)
+            await session.dma_map(0x20000, 4096)
+            await session.dma_unmap(0x10000, 8192)
+
+        nursery.start_soon(ask)
+        message = await peer.expect(DMA_MAP)
+        assert message.payload == struct.pack("=IIQQQ", 32, 3, 0, 0x10000, 8192)
+        (got,) = message.fds
+        assert os.fstat(got).st_ino == inode
+        os.close(got)
+        peer.reply(message)
+        message = await peer.expect(DMA_MAP)
+        assert message.fds == ()
+        peer.reply(message)
+        message = await peer.expect(DMA_UNMAP)
+        assert message.payload == struct.pack("=IIQQ", 24, 0, 0x10000, 8192)
+        peer.reply(message, message.payload)
+    os.close(fd)
+
+
+async def test_set_irqs_carries_booleans() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+        flags = IrqSetFlags.DATA_BOOL | IrqSetFlags.ACTION_MASK
+        nursery.start_soon(session.set_irqs, 2, flags, 1, 3, b"\1\0\1")
+        message = await peer.expect(SET_IRQS)
+        assert message.payload == struct.pack("=IIIII", 23, 0x0A, 2, 1, 3) + b"\1\0\1"
+        peer.reply(message)
+
+
+async def test_what_the_server_asks_for_is_refused() -> None:
+    async with session_with() as (_, peer):
+        peer.send(struct.pack("=HHIII", 7, DMA_READ, 32, 0, 0) + struct.pack("=QQ", 0x1000, 64))
+        answer = await peer.next_raw()
+        assert answer == (7, DMA_READ, 16, REPLY | ERROR, 95)
+
+
+async def test_everyone_is_told_when_the_server_leaves() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+        told = 0
+
+        async def ask(offset: int) -> None:
+            nonlocal told
+            with pytest.raises(client.Disconnected, match="closed the connection"):
+                await session.region_read(0, offset, 4)
+            told += 1
+
+        for offset in range(5):
+            nursery.start_soon(ask, offset)
+        await trio.testing.wait_all_tasks_blocked()
+        for _ in range(5):
+            await peer.expect(REGION_READ)
+        peer.sock.shutdown(socket.SHUT_RDWR)
+        with trio.fail_after(5):
+            while told < 5:
+                await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(client.Disconnected):
+            await session.reset()
+        with pytest.raises(client.Disconnected):
+            await session.post_write(0, 0, b"x")
+
+
+async def test_answers_given_before_leaving_still_count() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            assert await session.region_read(0, 0, 4) == b"last"
+
+        nursery.start_soon(ask)
+        give(peer, await peer.expect(REGION_READ), b"last")
+        peer.sock.shutdown(socket.SHUT_RDWR)
+
+
+async def test_a_server_that_breaks_the_protocol_ends_the_session() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            with pytest.raises(client.Disconnected, match="breaks the protocol"):
+                await session.reset()
+
+        nursery.start_soon(ask)
+        await peer.expect(RESET)
+        peer.send(struct.pack("=HHIII", 999, RESET, 16, REPLY, 0))
+
+
+async def test_nothing_is_left_open_at_the_end() -> None:
+    before = open_fds()
+    async with session_with():
+        pass
+    assert open_fds() == before
+
+
+async def test_an_exception_of_the_block_comes_out_as_itself() -> None:
+    ours, theirs = socket.socketpair()
+    peer = Peer(theirs)
+
+    async def serve() -> None:
+        await peer.agree()
+        await peer.describe({})
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve)
+        with pytest.raises(KeyError, match="mine"):
+            async with client.over_socket(ours):
+                raise KeyError("mine")
+    theirs.close()
