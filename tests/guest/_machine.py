@@ -177,6 +177,10 @@ class Guest:
             raise self._failed("QEMU printed to its stderr")
         return self.result
 
+    def give_up_in(self, seconds: float) -> None:
+        """Replace the guest's deadline by one that many seconds from now."""
+        self._scope.deadline = trio.current_time() + seconds
+
     def kill(self) -> None:
         """Stop QEMU at once; leaving the guest's block then demands nothing any more."""
         self._killed = True
@@ -414,7 +418,7 @@ def _serial_arguments(fds: Sequence[int]) -> list[str]:
 @asynccontextmanager
 async def _watched(guest: Guest, streams: Streams, deadline: float) -> AsyncIterator[None]:
     """Watch over the block: cancel it when the guest fails, and turn its end into the right error."""
-    guest._scope.deadline = trio.current_time() + deadline
+    guest.give_up_in(deadline)
     error: BaseException | None = None
     try:
         with guest._scope:
@@ -429,7 +433,7 @@ async def _watched(guest: Guest, streams: Streams, deadline: float) -> AsyncIter
         if isinstance(error, trio.Cancelled):
             raise  # somebody outside cancels us
     if guest._failure is None and guest._scope.cancelled_caught:
-        guest._failure = f"its deadline of {deadline:g} s passed"
+        guest._failure = f"its deadline passed, {guest.result.seconds:.1f} s after its start"
     if isinstance(error, GuestError):
         raise error
     if guest._failure is not None:

@@ -42,8 +42,10 @@ class PackageTree:
             raise RigError(f"apt cannot be configured for a directory of this name: {home}")
         self._home = home
         self._archives = home / "cache/archives"
-        for directory in ("lists/partial", "cache/archives/partial", "empty"):
+        for directory in ("lists/partial", "cache/archives/partial", "dpkg", "empty"):
             (home / directory).mkdir(parents=True)
+        # Nothing is installed; apt also keeps its locks beside this file.
+        (home / "dpkg/status").touch()
         archive = mirror()
         lines = [
             f"deb [arch={architecture} signed-by={keyring}] {archive} {suite} main\n" for suite in suites
@@ -52,7 +54,7 @@ class PackageTree:
         settings = {
             "Dir::State": home,
             "Dir::State::Lists": home / "lists",
-            "Dir::State::status": "/dev/null",
+            "Dir::State::status": home / "dpkg/status",
             "Dir::Cache": home / "cache",
             "Dir::Etc::sourcelist": home / "sources.list",
             "Dir::Etc::sourceparts": home / "empty",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -25,32 +27,32 @@ ip link set $dev up
 """
 
 
-def _children() -> set[str]:
-    return set(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split())
+def _children(parent: int | None = None) -> set[str]:
+    parent = parent or os.getpid()
+    return set(Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
 
 
-async def test_a_script_runs_and_its_output_and_status_come_back(boot_guest: BootGuest) -> None:
-    result = await boot_guest("uname -r; nproc; echo to stderr >&2; printf 'no line end'", smp=2)
+async def test_a_script_runs_and_its_output_and_status_come_back(
+    boot_guest: BootGuest, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    (tmp_path / "a,b").write_bytes(b"from the host\n")
+    script = "uname -r; nproc; cat /run/files/given; echo to stderr >&2; printf 'no line end'"
+    result = await boot_guest(script, smp=2, files={"given": tmp_path / "a,b"})
     release, processors, *rest = result.output.splitlines()
     assert release.startswith("6.12.")
     assert processors == "2"
-    assert rest == ["to stderr", "no line end"]
+    assert rest == ["from the host", "to stderr", "no line end"]
     assert (result.status, result.boots, result.qemu_stderr) == (0, 1, "")
+    record_property("boot_to_power_off_seconds", result.seconds)
 
 
-async def test_a_failing_script_is_reported_with_all_it_said(boot_guest: BootGuest) -> None:
-    async with boot_guest("echo before; (exit 7); echo never") as guest:
-        with pytest.raises(GuestError, match="exit status is 7") as failed:
-            await guest.wait()
+async def test_a_block_that_only_ends_still_demands_success(boot_guest: BootGuest) -> None:
+    with pytest.raises(GuestError, match="exit status is 7") as failed:
+        async with boot_guest("echo before; (exit 7); echo never"):
+            pass
+    assert failed.value.result.status == 7
     assert failed.value.result.output == "before\n"
     assert "before" in str(failed.value)
-    assert guest.result.status == 7
-
-
-async def test_a_block_that_ends_early_still_demands_success(boot_guest: BootGuest) -> None:
-    with pytest.raises(GuestError, match="exit status is 3"):
-        async with boot_guest("exit 3"):
-            pass
 
 
 async def test_a_kernel_panic_ends_the_block_with_the_console(boot_guest: BootGuest) -> None:
@@ -64,8 +66,10 @@ async def test_a_kernel_panic_ends_the_block_with_the_console(boot_guest: BootGu
 
 async def test_a_hanging_guest_is_given_up_at_its_deadline(boot_guest: BootGuest) -> None:
     before = _children()
-    with pytest.raises(GuestError, match="deadline of 4 s") as failed:
-        await boot_guest("echo i hang; sleep 1000", deadline=4)
+    with pytest.raises(GuestError, match="its deadline passed") as failed:  # noqa: PT012
+        async with boot_guest("echo i hang; tell up; sleep 1000") as guest:
+            await guest.expect("up")
+            guest.give_up_in(0.5)
     assert "i hang" in str(failed.value)
     assert _children() == before
 
@@ -118,11 +122,14 @@ async def test_a_reset_out_of_the_blue_is_a_failure(boot_guest: BootGuest) -> No
 
 
 async def test_expecting_what_never_comes_is_a_failure(boot_guest: BootGuest) -> None:
-    async with boot_guest("tell this one") as guest:
+    async with boot_guest("tell this one; exit 5") as guest:
         with pytest.raises(GuestError, match=r"expected `tell that`.* got `tell this one`"):
             await guest.expect("that")
-        with pytest.raises(GuestError, match=r"the script ended \(status 0\) without `tell more`"):
+        with pytest.raises(GuestError, match=r"the script ended \(status 5\) without `tell more`"):
             await guest.expect("more")
+        with pytest.raises(GuestError, match="exit status is 5"):
+            await guest.wait()
+        assert (await guest.wait(check=False)).status == 5
 
 
 async def test_the_monitor_answers_and_tells_events(boot_guest: BootGuest) -> None:
@@ -135,6 +142,23 @@ async def test_the_monitor_answers_and_tells_events(boot_guest: BootGuest) -> No
         guest.say()
         event = await guest.qmp_event("SHUTDOWN", guest=True)
         assert event["data"]["reason"] == "guest-shutdown"
+
+
+def test_a_killed_test_run_takes_its_guests_with_it(guest_root: Root) -> None:
+    command = [sys.executable, "-m", "tests.guest", "run", "--accel", "tcg", "-"]
+    run = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert run.stdin is not None
+    run.stdin.write(b"sleep 1000")
+    run.stdin.close()
+    give_up = time.monotonic() + 20
+    while not (qemu := _children(run.pid)):
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    while any(Path("/proc", pid).exists() for pid in qemu):
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
 
 
 @pytest.mark.root
