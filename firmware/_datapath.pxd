@@ -1,4 +1,4 @@
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from posix.uio cimport iovec
 
 from device._gate cimport Gate
@@ -62,5 +62,5 @@ cdef class DataPath:
     cdef int _fetch_stream(self) noexcept nogil
     cdef int _deliver(self) noexcept nogil
     cdef void _complete(self, VirtQueue queue) noexcept nogil
-    cdef void _wait(self) noexcept nogil
+    cdef void _wait(self, int64_t timeout_ns) noexcept nogil
     cdef void _loop(self) noexcept nogil
