@@ -13,6 +13,15 @@ from libc.stdint cimport uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport calloc, free
 from posix.unistd cimport write
 
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *, unsigned long, int)
+    short POLLOUT
+
 MODE_INTX = 0
 MODE_MSI = 1
 MODE_MSIX = 2
@@ -41,9 +50,18 @@ cdef class Lines:
         free(self._pending)
 
     cdef void _signal(self, int fd) noexcept nogil:
+        """Add one to the eventfd, unless its counter is full: then the peer has a wake-up that it has not read.
+
+        The file is the peer's as well and may be in blocking mode, so room is asked for first.
+        """
         cdef uint64_t one = 1
+        cdef pollfd room
+        room.fd = fd
+        room.events = POLLOUT
+        room.revents = 0
         self.signals += 1
-        write(fd, &one, sizeof(one))    # EAGAIN: the counter is full, the peer has a wake-up it has not read
+        if poll(&room, 1, 0) == 1 and room.revents & POLLOUT:
+            write(fd, &one, sizeof(one))
 
     # --- message-signalled vectors
 
