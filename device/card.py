@@ -8,7 +8,8 @@ BAR 0, 32 KiB, registers                    BAR 2, on-card memory         BAR 4,
     0x6000  MSI-X table
     0x7000  MSI-X pending bits
 
-Virtio structures lie in BARs 0, 2 and 4 only and all three BARs exist, because the kernel's drivers/vdpa/ifcvf asks for that.
+Virtio structures lie in BARs 0, 2 and 4 only and all three BARs exist, because the kernel's drivers/vdpa/ifcvf
+asks for that.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ MSIX_PBA = 0x7000
 BAR0_SIZE = 0x8000
 BAR4_SIZE = 0x1000
 
-QUEUES = 3                      # receive, transmit, control
-VECTORS = QUEUES + 1            # one a queue and one for configuration changes
+QUEUES = 3  # receive, transmit, control
+VECTORS = QUEUES + 1  # one a queue and one for configuration changes
 
-DEFAULT_QUEUE_SIZE = 256        # what QEMU's virtio-net has
+DEFAULT_QUEUE_SIZE = 256  # what QEMU's virtio-net has
 DEFAULT_BAR2_SIZE = 16 << 20
 
 
@@ -88,7 +89,9 @@ class NetworkCard:
         bar0.claim(COMMON, COMMON_CONFIG_SIZE, self.transport.common, name="common configuration")
         bar0.claim(ISR, 4, self.transport.isr, name="ISR status")
         bar0.claim(DEVICE_CONFIG, NOTIFY_STRIDE, self.transport.device, name="device configuration")
-        bar0.claim(DOORBELLS, self.transport.doorbells.size, self.transport.doorbells, gated=False, name="doorbells")
+        bar0.claim(
+            DOORBELLS, self.transport.doorbells.size, self.transport.doorbells, gated=False, name="doorbells"
+        )
         self.function.on_reset = self._reset
 
     def _reset(self, kind: ResetKind) -> None:

@@ -1,4 +1,4 @@
-"""What a virtio network device shows its driver (virtio 1.3, 5.1): configuration space, queues, control commands."""
+"""What a virtio network device shows its driver (virtio 1.3, 5.1): configuration, queues, control commands."""
 
 import struct
 from dataclasses import dataclass
@@ -6,11 +6,11 @@ from enum import IntEnum, IntFlag
 
 RX_QUEUE = 0
 TX_QUEUE = 1
-CONTROL_QUEUE = 2           # with one queue pair
+CONTROL_QUEUE = 2  # with one queue pair
 
-HEADER_SIZE = 12            # struct virtio_net_hdr_v1, num_buffers included
+HEADER_SIZE = 12  # struct virtio_net_hdr_v1, num_buffers included
 
-MIN_MTU = 68                # RFC 791: every internet module must be able to forward 68 octets
+MIN_MTU = 68  # RFC 791: every internet module must be able to forward 68 octets
 MAX_MTU = 65535
 
 
@@ -68,8 +68,6 @@ class NetConfig:
     status: LinkStatus = LinkStatus.LINK_UP
     max_virtqueue_pairs: int = 1
     mtu: int = 1500
-
-
 
     def encode(self) -> bytes:
         """The bytes that the driver reads."""

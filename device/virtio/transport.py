@@ -1,8 +1,9 @@
-"""Virtio over PCI, modern transport (virtio 1.3, section 4.1): common configuration, doorbells, ISR, device configuration.
+"""Virtio over PCI, modern transport (virtio 1.3, section 4.1).
 
-The registers are declared once below; what a register does stands in a `_get_` or `_set_` method of its name, and a register
-without one is plain storage. Accesses of the declared width are dispatched directly; any other width is put together from the
-declared ones, so no access that stays inside the structure can fail.
+Common configuration, doorbells, ISR and device configuration. The registers are declared once below; what a
+register does stands in a `_get_` or `_set_` method of its name. Accesses of the declared width are dispatched
+directly; any other width is put together from the declared ones, so no access that stays inside the structure can
+fail.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ COMMON_CONFIG: tuple[Register, ...] = (
 )
 COMMON_CONFIG_SIZE = 0x38
 
-NOTIFY_STRIDE = 4096            # one page a queue, so that a doorbell can be mapped alone
+NOTIFY_STRIDE = 4096  # one page a queue, so that a doorbell can be mapped alone
 
 
 class Model(Protocol):
@@ -336,7 +337,7 @@ class CommonConfig:
         if not queue:
             return
         if value == 0:
-            queue.disable()             # ifcvf's virtio_vdpa path writes 0 after a reset
+            queue.disable()  # ifcvf's virtio_vdpa path writes 0 after a reset
         elif not queue.enabled:
             self._t.enable_queue(self._queue_select)
 

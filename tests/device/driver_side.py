@@ -1,4 +1,7 @@
-"""A driver's side of a split virtqueue in plain Python, written from virtio 1.3 section 2.7: the witness for the device's side."""
+"""A driver's side of a split virtqueue in plain Python, written from virtio 1.3 section 2.7.
+
+The witness for the device's side: nothing here is shared with it.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,9 @@ class DriverRing:
         return self.descriptors, self.driver, self.device
 
     def set_descriptor(self, index: int, address: int, length: int, flags: int, next_index: int = 0) -> None:
-        self.memory.write(self.descriptors + 16 * index, struct.pack("<QIHH", address, length, flags, next_index))
+        self.memory.write(
+            self.descriptors + 16 * index, struct.pack("<QIHH", address, length, flags, next_index)
+        )
 
     def make_available(self, head: int) -> None:
         slot = self.driver + 4 + 2 * (self.avail_index % self.size)
@@ -106,7 +111,9 @@ class DriverRing:
         for n, (address, length, writable) in enumerate(buffers):
             last = n == len(buffers) - 1
             flags = (WRITE if writable else 0) | (0 if last else NEXT)
-            self.memory.write(table + 16 * n, struct.pack("<QIHH", address, length, flags, 0 if last else n + 1))
+            self.memory.write(
+                table + 16 * n, struct.pack("<QIHH", address, length, flags, 0 if last else n + 1)
+            )
         index = self.free.pop()
         self.set_descriptor(index, table, 16 * len(buffers), INDIRECT)
         self.chains[index] = [index]

@@ -98,7 +98,7 @@ async def test_promiscuous_and_multicast_modes_reach_the_card(
             # Linux changes receive modes from a work queue, after the command has returned.
             expected = EXPECTED[phase]
             with trio.move_on_after(5):
-                while [accepted(mac) for mac in (own, other, group, changed)] != expected:
+                while [accepted(mac) for mac in (own, other, group, changed)] != expected:  # noqa: ASYNC110
                     await trio.sleep(0.01)
             seen[phase] = [accepted(mac) for mac in (own, other, group, changed)]
             guest.say()

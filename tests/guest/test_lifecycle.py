@@ -94,7 +94,8 @@ async def test_the_card_is_unplugged_and_plugged_in_twenty_times(
     done
     """
     # Without MSI-X, for the reason that the next test shows.
-    async with serve_cards(f"tap:name={network.tap},netns={network.path}", msix=False) as (card,):
+    port = f"tap:name={network.tap},netns={network.path}"
+    async with serve_cards(port, msix=False) as (card,):  # noqa: SIM117
         async with boot_guest(script, [Card(card.socket, root_port=True)], deadline=240) as guest:
             for _ in range(ROUNDS):
                 await guest.expect("unplug")
@@ -148,9 +149,7 @@ async def test_two_cards_in_one_guest_work_side_by_side(
         assert all(card.counters["tx_frames"] >= 3 for card in cards)
 
 
-async def test_one_processor_and_four_get_their_vectors(
-    boot_guest: BootGuest, card: ServedCard, tmp_path: Path
-) -> None:
+async def test_one_processor_and_four_get_their_vectors(boot_guest: BootGuest, card: ServedCard) -> None:
     for processors in (1, 4):
         result = await boot_guest(
             f"{UP} ping -c 2 -i 0.2 10.77.0.1; grep virtio /proc/interrupts", [card.socket], smp=processors

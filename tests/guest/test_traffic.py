@@ -28,8 +28,12 @@ def received(report: str) -> int:
 
 async def test_an_unmodified_driver_binds_and_pings(boot_guest: BootGuest, card: ServedCard) -> None:
     result = await boot_guest(
-        UP
-        + "ethtool -i $dev; cat /sys/class/net/$dev/address; ping -c 3 -i 0.2 10.77.0.1; ping -c 3 -i 0.2 fd77::1",
+        f"""{UP}
+        ethtool -i $dev
+        cat /sys/class/net/$dev/address
+        ping -c 3 -i 0.2 10.77.0.1
+        ping -c 3 -i 0.2 fd77::1
+        """,
         [card.socket],
     )
     assert "driver: virtio_net" in result.output

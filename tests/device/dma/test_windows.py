@@ -215,7 +215,9 @@ def test_the_table_equals_a_set_of_pages(changes: list[tuple[int, int, bool]], a
                     assert not inside & model.keys()
                     model |= dict.fromkeys(inside, (page, pages))
             else:
-                cut = [w for w in set(model.values()) if 0 < len(inside & set(range(w[0], w[0] + w[1]))) < w[1]]
+                cut = [
+                    w for w in set(model.values()) if 0 < len(inside & set(range(w[0], w[0] + w[1]))) < w[1]
+                ]
                 try:
                     dma.unmap(page * PAGE_SIZE, pages * PAGE_SIZE)
                 except DeviceError:

@@ -15,7 +15,15 @@ from tests.device.driver_side import INDIRECT, NEXT, WRITE, DriverRing, GuestMem
 class World:
     """A queue of the device and the driver's rings behind it."""
 
-    def __init__(self, memory: GuestMemory, dma: DmaWindows, size: int = 8, *, event_index: bool = False, indirect: bool = True):
+    def __init__(
+        self,
+        memory: GuestMemory,
+        dma: DmaWindows,
+        size: int = 8,
+        *,
+        event_index: bool = False,
+        indirect: bool = True,
+    ):
         self.memory, self.dma = memory, dma
         self.ring = DriverRing(memory, size)
         self.queue = VirtQueue(dma, 0, 256)
@@ -129,13 +137,18 @@ def test_readable_after_writable_breaks_the_queue(world: World) -> None:
 
 def test_an_indirect_table_in_an_indirect_table_breaks_the_queue(world: World) -> None:
     table = world.memory.allocate(16)
-    world.memory.write(table, world.memory.iova.to_bytes(8, "little") + (16).to_bytes(4, "little") + bytes([INDIRECT, 0, 0, 0]))
+    world.memory.write(
+        table,
+        world.memory.iova.to_bytes(8, "little") + (16).to_bytes(4, "little") + bytes([INDIRECT, 0, 0, 0]),
+    )
     world.ring.set_descriptor(0, table, 16, INDIRECT)
     world.ring.make_available(0)
     assert broken_by(world) == FAULTS[5]
 
 
-def test_an_indirect_descriptor_that_was_not_negotiated_breaks_the_queue(make_world: Callable[..., World]) -> None:
+def test_an_indirect_descriptor_that_was_not_negotiated_breaks_the_queue(
+    make_world: Callable[..., World],
+) -> None:
     world = make_world(indirect=False)
     world.ring.add_indirect([world.buffer(b"x")])
     assert broken_by(world) == FAULTS[5]
@@ -236,8 +249,13 @@ def test_kicks_are_asked_for_by_event_index(make_world: Callable[..., World]) ->
 
 
 @settings(max_examples=200)
-@given(st.integers(0, 0xFFFF), st.lists(st.tuples(st.integers(1, 8), st.integers(-3, 12)), min_size=1, max_size=20))
-def test_an_interrupt_is_due_when_the_used_index_passes_the_event(start: int, bursts: list[tuple[int, int]]) -> None:
+@given(
+    st.integers(0, 0xFFFF),
+    st.lists(st.tuples(st.integers(1, 8), st.integers(-3, 12)), min_size=1, max_size=20),
+)
+def test_an_interrupt_is_due_when_the_used_index_passes_the_event(
+    start: int, bursts: list[tuple[int, int]]
+) -> None:
     dma = DmaWindows()
     with guest_memory(dma) as memory:
         world = World(memory, dma, event_index=True)
