@@ -9,6 +9,19 @@ is the same rig by hand.
 from tests.guest._errors import GuestError, RigError
 from tests.guest._machine import Card, Guest, GuestResult, boot
 from tests.guest._network import Network
+from tests.guest._qmp import Event, QmpError
 from tests.guest._root import Root, guest_root
 
-__all__ = ["Card", "Guest", "GuestError", "GuestResult", "Network", "RigError", "Root", "boot", "guest_root"]
+__all__ = [
+    "Card",
+    "Event",
+    "Guest",
+    "GuestError",
+    "GuestResult",
+    "Network",
+    "QmpError",
+    "RigError",
+    "Root",
+    "boot",
+    "guest_root",
+]

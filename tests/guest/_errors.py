@@ -23,9 +23,7 @@ def _tail(title: str, text: str) -> str:
 
 
 class GuestError(AssertionError):
-    """A guest did not do what it was booted for. The message carries everything that it said, and so does
-    `result`.
-    """
+    """A guest did not do what it was booted for; the message and `result` carry everything it said."""
 
     def __init__(self, reason: str, result: GuestResult) -> None:
         self.reason = reason

@@ -37,9 +37,7 @@ class Card:
     id: str | None = None
     """QEMU's name for it, for ``device_del``; by default ``card0``, ``card1`` and so on."""
     root_port: bool = False
-    """Whether it sits behind a PCIe root port of its own, from which it can be unplugged while the guest
-    runs.
-    """
+    """Whether it sits behind a PCIe root port of its own, so that a running guest can lose it."""
     options: dict[str, Any] = field(default_factory=dict)
     """More properties of QEMU's device, such as ``{"x-no-posted-writes": True}``."""
 
@@ -80,9 +78,7 @@ def card_arguments(sockets: Sequence[Path | str | Card]) -> list[str]:
 
 
 def tap_arguments(taps: Sequence[str]) -> list[str]:
-    """QEMU's arguments for its own virtio network cards on these TAP devices, the thing to compare our card
-    with.
-    """
+    """QEMU's arguments for its own virtio network cards on these TAP devices: what to compare with."""
     arguments = []
     for number, tap in enumerate(taps):
         arguments += ["-netdev", f"tap,id=tap{number},ifname={tap},script=no,downscript=no,vhost=off"]
@@ -103,9 +99,7 @@ def machine_arguments(root: Root, *, accel: str, smp: int, memory: str, kernel_a
 
 
 class Guest:
-    """A running guest. `boot` makes it; leaving `boot`'s block waits for its script to succeed, or use
-    `wait`.
-    """
+    """A running guest, made by `boot`."""
 
     def __init__(
         self, process: subprocess.Popen[bytes], qmp: trio.SocketStream, channel: trio.SocketStream

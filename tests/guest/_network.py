@@ -1,6 +1,4 @@
-"""A network of a test's own: a namespace with a TAP device in it, known to nobody else and gone with its
-owner.
-"""
+"""A network of a test's own: a namespace with a TAP device in it, which goes away with its owner."""
 
 from __future__ import annotations
 
@@ -132,9 +130,7 @@ class Network:
         return namespace
 
     def run_inside(self, work: Callable[[], T]) -> T:
-        """Run a function in a thread inside the namespace and return what it returns; sockets made there stay
-        there.
-        """
+        """Run a function in a thread inside the namespace; sockets that it makes stay there."""
 
         def entered() -> T:
             _enter(self._namespace)
@@ -157,15 +153,11 @@ class Network:
         return ["nsenter", f"--net={self.path}", "--"]
 
     def command(self, root: Root, program: str, *arguments: str) -> list[str]:
-        """The command line of a program of the rig's own tree (``ip``, ``iperf3``, ``ping``) inside the
-        namespace.
-        """
+        """The command line of one of the rig's own programs (``ip``, ``iperf3``, ``ping``) in here."""
         return [*self.prefix, *root.program(program), *arguments]
 
     async def run(self, root: Root, program: str, *arguments: str, check: bool = True) -> str:
-        """Run such a program to its end and return what it printed; a failing one raises, with all that it
-        printed.
-        """
+        """Run such a program to its end and return what it printed, or raise with that if it failed."""
         done = await trio.run_process(
             self.command(root, program, *arguments),
             stdin=subprocess.DEVNULL,
@@ -182,7 +174,7 @@ class Network:
     async def running(self, root: Root, program: str, *arguments: str, port: int) -> AsyncIterator[None]:
         """Run such a program beside the block, which begins when it listens on this TCP port."""
         process = subprocess.Popen(  # noqa: ASYNC220
-            self.command(root, program, *arguments),
+            ["setpriv", "--pdeathsig", "KILL", "--", *self.command(root, program, *arguments)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -92,9 +92,7 @@ class PackageTree:
         self._apt("get", "download", *packages, cwd=self._archives)
 
     def dependency(self, package: str, pattern: str) -> str:
-        """The dependency of `package` whose name matches `pattern`: how to get from a metapackage to the
-        thing.
-        """
+        """The dependency of `package` whose name matches `pattern`: from a metapackage to the thing."""
         for line in self._apt("cache", "depends", package).splitlines():
             name = line.partition("Depends: ")[2].strip()
             if re.fullmatch(pattern, name):

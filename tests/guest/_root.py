@@ -50,9 +50,7 @@ _IMAGE_MAKERS = [_HERE / name for name in ("_cpio.py", "_initramfs.py")]
 
 @dataclass(frozen=True)
 class Root:
-    """A tree of unpacked packages, and the kernel and initramfs made from it. Nothing in it needs to be
-    installed.
-    """
+    """A tree of unpacked packages, and the kernel and initramfs made from it."""
 
     tree: Path
     image: Path
@@ -85,15 +83,11 @@ class Root:
         return self.versions["qemu-system-x86"]
 
     def program(self, name: str) -> list[str]:
-        """The beginning of a command line that runs a program of the tree on this host, with the tree's
-        libraries.
-        """
+        """The beginning of a command line that runs a program of the tree, with the tree's libraries."""
         return _program(self.tree, name)
 
     def qemu(self) -> list[str]:
-        """The beginning of QEMU's command line, up to where it finds its own firmware; see also
-        `environment`.
-        """
+        """The beginning of QEMU's command line; it wants `environment` too."""
         data = [self.tree / "usr/share" / name for name in ("qemu", "seabios")]
         return [*self.program("qemu-system-x86_64"), *(part for path in data for part in ("-L", str(path)))]
 

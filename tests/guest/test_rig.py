@@ -33,7 +33,7 @@ def _children(parent: int | None = None) -> set[str]:
 
 
 async def test_a_script_runs_and_its_output_and_status_come_back(
-    boot_guest: BootGuest, tmp_path: Path, record_property: Callable[[str, object], None]
+    boot_guest: BootGuest, tmp_path: Path
 ) -> None:
     (tmp_path / "a,b").write_bytes(b"from the host\n")
     script = "uname -r; nproc; cat /run/files/given; echo to stderr >&2; printf 'no line end'"
@@ -43,7 +43,6 @@ async def test_a_script_runs_and_its_output_and_status_come_back(
     assert processors == "2"
     assert rest == ["from the host", "to stderr", "no line end"]
     assert (result.status, result.boots, result.qemu_stderr) == (0, 1, "")
-    record_property("boot_to_power_off_seconds", result.seconds)
 
 
 async def test_a_block_that_only_ends_still_demands_success(boot_guest: BootGuest) -> None:
@@ -177,7 +176,7 @@ async def test_guest_and_namespace_reach_each_other(
 
 @pytest.mark.root
 async def test_iperf3_measures_the_baseline_both_ways(
-    boot_guest: BootGuest, network: Network, guest_root: Root, record_property: Callable[[str, object], None]
+    boot_guest: BootGuest, network: Network, guest_root: Root
 ) -> None:
     script = f"""{_UP}
         tell up
@@ -193,8 +192,7 @@ async def test_iperf3_measures_the_baseline_both_ways(
             result = await guest.wait()
     for way, report in zip(("up", "down"), result.output.split("SPLIT\n")[1:], strict=True):
         speed = json.loads(report)["end"]["sum_received"]["bits_per_second"]
-        record_property(f"iperf3_{way}_gbit", round(speed / 1e9, 2))
-        assert speed > 10e6
+        assert speed > 10e6, way
 
 
 @pytest.mark.root
