@@ -51,6 +51,7 @@ class DmaMemory:
             raise
         self.view = memoryview(self._memory)
         self._taken = 0
+        self._given: list[memoryview] = []
 
     def allocate(self, size: int, *, align: int = 64) -> DmaBuffer:
         """The next free piece, aligned to a power of two; raises ClientError when the window is full.
@@ -60,16 +61,23 @@ class DmaMemory:
         if start + size > self.size:
             raise ClientError(f"{size} bytes of DMA memory: {self.size - self._taken} are left")
         self._taken = start + size
-        return DmaBuffer(self.iova + start, self.view[start : start + size])
+        view = self.view[start : start + size]
+        self._given.append(view)
+        return DmaBuffer(self.iova + start, view)
 
     def clear(self) -> None:
         """Forget all allocations and zero the memory; their views are to be out of use."""
         self._taken = 0
+        self._given.clear()
         self.view[:] = bytes(self.size)
 
     def close(self) -> None:
-        """Unmap here; the mapping lives on while somebody holds a view of it."""
-        self.view.release()
+        """Unmap here and release the views given out; the mapping lives on while somebody made others of
+        them.
+        """
+        for view in (*self._given, self.view):
+            with suppress(BufferError):
+                view.release()
         with suppress(BufferError):
             self._memory.close()
         os.close(self.fd)

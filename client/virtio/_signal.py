@@ -19,6 +19,10 @@ class Signal:
         self._is_set = True
         self._lot.unpark_all()
 
+    def clear(self) -> None:
+        """Forget a `set` that nobody waited for."""
+        self._is_set = False
+
     async def wait(self) -> None:
         """Until `set`, or at once if it was called since the last wait."""
         if self._is_set:

@@ -89,13 +89,14 @@ class ControlQueue:
         """
         if len(data) + 3 > SLOT_SIZE:
             raise ClientError(f"a control command of {len(data)} bytes")
+        self._check()
         while not self._slots:
             await self._room.park()
-        self._check()
+            self._check()
         pending = self._send(kind, data)
         await pending.done.wait()
         if pending.ack is None:
-            raise ClientError("the device was reset during a control command")
+            raise ClientError("the device failed or was reset during a control command")
         if pending.ack != 0:
             raise ControlError(f"the device refuses control command {kind.cls}.{kind.number}")
 
@@ -139,7 +140,14 @@ class ControlQueue:
 
     def _check(self) -> None:
         if self._closed:
-            raise ClientError("the device was reset")
+            raise ClientError("the device failed or was reset")
+
+    def abandon(self) -> None:
+        """The device failed: commands under way fail too. Their memory stays the device's until `close`."""
+        self._closed = True
+        for pending in self._under_way:
+            pending.done.set()
+        self._room.unpark_all()
 
     def close(self) -> None:
         """The device is reset and has nothing any more; commands under way fail."""
@@ -148,6 +156,9 @@ class ControlQueue:
             self._finish(pending)
         self._room.unpark_all()
         self._ring.release()
+        for slot in self._slots:
+            slot.view.release()
+        self._slots.clear()
 
 
 def mac_table(unicast: Sequence[bytes], multicast: Sequence[bytes]) -> bytes:

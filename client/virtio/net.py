@@ -264,6 +264,7 @@ class NetDriver:
             raise DeviceError(f"the device does not start: status {status!r}")
         self._rx, self._tx, self._control = rx, tx, control
         self._failure = None
+        self._config_signal.clear()
         tx.disable_interrupts()
         if rx.publish():
             self._kick(RX)
@@ -301,7 +302,10 @@ class NetDriver:
             while True:
                 self.counters.interrupts += await interrupt.wait()
                 self._interrupted(queues)
-                if interrupt.vector == config_vector:
+                if interrupt.vector != config_vector:
+                    continue
+                # the ISR tells a configuration change even with MSI-X (virtio 1.3, 4.1.4.5.1)
+                if not queues or Isr.CONFIG in await self._transport.isr():
                     await self._config_changed()
         except ClientError as error:
             self._fail(error)
@@ -382,6 +386,8 @@ class NetDriver:
 
     def _fail(self, error: ClientError) -> None:
         self._failure = self._failure or error
+        if self._control is not None:
+            self._control.abandon()
         self._wake_all()
 
     def _wake_all(self) -> None:
