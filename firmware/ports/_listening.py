@@ -14,10 +14,10 @@ from pathlib import Path
 
 from firmware.ports._port import PortError
 
-MAX_PATH = 107                  # sun_path of struct sockaddr_un, less its final zero
+MAX_PATH = 107  # sun_path of struct sockaddr_un, less its final zero
 
-_MODE = 0o600                   # whoever can connect is on the guest's network
-_BACKLOG = 1                    # a peer that comes back before its old connection is seen to have ended
+_MODE = 0o600  # whoever can connect is on the guest's network
+_BACKLOG = 1  # a peer that comes back before its old connection is seen to have ended
 
 # Two programs must not replace one stale file at once, so the folder is locked for the few calls it takes.
 # Anybody who may read the folder may lock it; one who does not let go is not waited for.
@@ -41,7 +41,7 @@ class Listening:
         try:
             with _locked(self.path.absolute().parent):
                 _clear_stale(self.path)
-                os.fchmod(self.socket.fileno(), _MODE)      # the file takes over the unbound socket's mode
+                os.fchmod(self.socket.fileno(), _MODE)  # the file takes over the unbound socket's mode
                 self.socket.bind(path)
                 self._identity = _identity(self.path)
                 self.socket.listen(_BACKLOG)
@@ -80,9 +80,9 @@ def _clear_stale(path: Path) -> None:
             path.unlink(missing_ok=True)
             return
         except BlockingIOError:
-            pass                # its backlog is full: somebody listens
+            pass  # its backlog is full: somebody listens
         except OSError as error:
-            if error.errno != errno.EPROTOTYPE:     # somebody receives datagrams there
+            if error.errno != errno.EPROTOTYPE:  # somebody receives datagrams there
                 raise
     raise PortError(f"port stream: another program listens at {str(path)!r}; stop it or choose another path")
 

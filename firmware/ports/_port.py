@@ -1,4 +1,4 @@
-"""What every port is: the end of the card's cable."""
+"""What every port is: the far end of the card's cable."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import enum
 from collections.abc import Callable
 
 import trio
+
+__all__ = ["MAX_FRAME", "MIN_FRAME", "Framing", "Offload", "Port", "PortError"]
+
+MIN_FRAME = 14  # bytes: an Ethernet header; what is shorter has no addresses
+MAX_FRAME = 65535 + 18  # bytes: the largest IP packet behind an Ethernet header with a VLAN tag
 
 
 class PortError(ValueError):
@@ -15,9 +20,9 @@ class PortError(ValueError):
 class Framing(enum.Enum):
     """How frames lie on a port's file descriptor."""
 
-    PACKETS = "packets"         # each read and each write is a frame behind `vnet_header_size` bytes
-    STREAM = "stream"           # a 4-byte big-endian length, then the frame
-    LOOPBACK = "loopback"       # no descriptor: what is sent comes back
+    PACKETS = "packets"  # each read and each write is one frame, behind `vnet_header_size` bytes of header
+    STREAM = "stream"  # a 4-byte big-endian length, then the frame
+    LOOPBACK = "loopback"  # no descriptor: what is sent comes back
 
 
 class Offload(enum.IntFlag):
@@ -30,16 +35,21 @@ class Offload(enum.IntFlag):
 
 
 class Port:
-    """A port that is open; the data path alone reads and writes `fd`, which does not block.
+    """An open port. The data path alone reads and writes `fd`, which does not block; the port owns it.
 
-    When `fd` or `link_up` changes, the port calls `on_change` on trio's thread.
+    Everything here is called on one thread, trio's once there is one. When `fd` or `link_up` has changed,
+    the port calls `on_change`. A descriptor that is lost is closed only after `on_change` has returned, so
+    that whoever takes it from another thread there never sees its number used again.
     """
 
     kind = ""
     framing = Framing.PACKETS
     vnet_header_size = 0
+    """Bytes of struct virtio_net_hdr_v1 before each frame on `fd`: 12 or 0."""
     offloads = Offload(0)
+    """What the port takes undone from the card, and may leave undone when the driver accepts it."""
     mtu: int | None = None
+    """Bytes, where the port has an MTU of its own."""
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
@@ -48,16 +58,32 @@ class Port:
         self.on_change: Callable[[], None] = lambda: None
 
     def set_offloads(self, accepted: Offload) -> None:
-        """The driver can receive frames that need this work; the port must not give it others."""
+        """The driver accepts frames that lack this work, and no others.
+
+        Any combination is taken, the impossible ones too; raises nothing.
+        """
+
+    def set_carrier(self, up: bool) -> None:
+        """Whether the far side shall see a card at the cable's end; ports that cannot show it ignore it."""
 
     def peer_lost(self) -> None:
-        """The data path met the end of `fd`: the cable is out until the port finds another peer."""
+        """The data path met the end of `fd`, an error or nonsense: the cable is out until `run` mends it.
+
+        Idempotent.
+        """
+        if self.fd < 0 and not self.link_up:
+            return
+        self.fd = -1
         self.link_up = False
         self.on_change()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Close what `fd` was."""
 
     async def run(self) -> None:
-        """The port's background work; ends by cancellation."""
+        """The port's background work, once: until cancelled, or until there is nothing left to do."""
         await trio.sleep_forever()
 
     def close(self) -> None:
-        """Let go of everything the port holds."""
+        """Let go of everything the port holds, once `run` has ended. Idempotent."""

@@ -4,7 +4,7 @@ from firmware.ports._port import Framing, Port
 
 
 class LoopbackPort(Port):
-    """Every frame comes back to its sender."""
+    """Every frame comes back to its sender; there is no descriptor."""
 
     kind = "loopback"
     framing = Framing.LOOPBACK

@@ -1,174 +1,205 @@
 """Capture files as a port: what the guest sends is written, what it shall receive is read.
 
-Frames cross to the data path over a pair of SOCK_SEQPACKET sockets, so a file that is slower than the guest
-makes the guest wait instead of losing frames.
+Frames cross to the data path over a pair of SOCK_SEQPACKET sockets, so that a file slower than the guest
+makes the guest wait, and a guest slower than the file makes the replay wait; neither loses a frame.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import math
 import os
 import socket
 import stat
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import BinaryIO
 
-import dpkt
 import trio
 
-from firmware.ports._capture import ETHERNET, LONGEST, CaptureError, frames
-from firmware.ports._port import Port, PortError
+from firmware.ports._capture import CaptureError, CaptureWriter, read_frames
+from firmware.ports._port import MAX_FRAME, Port, PortError
+
+__all__ = ["PcapPort"]
 
 log = logging.getLogger("trionic.port")
 
-_BURST = 256                    # frames written before others get their turn of the event loop
+BURST = 64  # frames written before other tasks have their turn
 
 
 class PcapPort(Port):
-    """Writes to the file `write`, and replays the file `read`, in a `loop` if asked.
+    """Writes what the guest sends to the file `write` and gives it what is in the file `read`.
 
-    `speed` is a multiple of the pace of the file's time stamps; None replays as fast as the guest takes the
-    frames. Raises PortError for files that cannot be had or are damaged.
+    The replay goes at `speed` times the pace of the time stamps, in a `loop` if asked; with `both`, its
+    frames are written, too. The file is whole after each burst, nothing waits in a buffer of ours. Raises
+    PortError where a file cannot be had, and for a damaged one: it is read through once before the replay
+    begins.
     """
 
     kind = "pcap"
 
     def __init__(
-        self,
-        spec: str,
-        *,
-        write: str | None = None,
-        read: str | None = None,
-        speed: float | None = None,
-        loop: bool = False,
+        self, spec: str, *, write: str | None, read: str | None, both: bool, speed: float, loop: bool
     ) -> None:
         super().__init__(spec)
-        if write is None and read is None:
-            raise PortError("port pcap needs write=FILE or read=FILE, or both")
-        if read is None and (speed is not None or loop):
-            raise PortError("port pcap: speed and loop go with read=FILE")
-        self._speed = math.inf if speed is None else speed
+        _check_combination(write, read, both)
+        self._speed = speed
         self._loop = loop
+        self._both = both
         self._in: BinaryIO | None = None
-        self._out: BinaryIO | None = None
-        self._writer: dpkt.pcap.Writer | None = None
-        self._ours, self._cards = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._ours.setblocking(False)
-        self._cards.setblocking(False)
+        self._out: CaptureWriter | None = None
+        self._tasks = trio.CancelScope()
+        self._ours, self._cards = socket.socketpair(
+            socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+        )
         self.fd = self._cards.fileno()
         try:
             if read is not None:
-                self._in = _open(read, os.O_RDONLY)
-                self._check(read, self._in)
+                self._in = os.fdopen(_open(read, os.O_RDONLY), "rb")
+                _check_capture(self._in, read)
             if write is not None:
-                if read is not None and Path(write).exists() and Path(write).samefile(read):
-                    raise PortError(f"port pcap: {write!r} cannot be read and written at once")
-                self._out = _open(write, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                self._writer = dpkt.pcap.Writer(self._out, snaplen=LONGEST, linktype=ETHERNET)
-                self._out.flush()
+                self._out = self._begin(write)
         except BaseException:
-            self.close()
+            self._close_all()
             raise
 
-    def _check(self, path: str, file: BinaryIO) -> None:
-        """Read the whole file once, so that a damaged one is refused now and not amid a replay."""
+    def _begin(self, path: str) -> CaptureWriter:
+        fd = _open(path, os.O_WRONLY | os.O_CREAT)
         try:
-            for _ in frames(file):
-                pass
-        except CaptureError as error:
-            raise PortError(f"port pcap: {path!r} cannot be replayed: {error}") from None
+            if self._in is not None and os.path.sameopenfile(self._in.fileno(), fd):
+                raise PortError(f"port pcap: read and write are the same file, {path!r}; write another one")
+            return CaptureWriter(fd)
+        except OSError as error:
+            os.close(fd)
+            raise PortError(
+                f"port pcap: {path!r} cannot be written: {error.strerror}; make room or choose another"
+            ) from None
+        except PortError:
+            os.close(fd)
+            raise
 
     async def run(self) -> None:
-        """Write and replay until cancelled; a replay that has ended leaves the link up and quiet."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._write)
-            if self._in is not None:
-                nursery.start_soon(self._replay, self._in)
+        """Write and replay until cancelled, or until the file takes no more.
 
-    async def _write(self) -> None:
-        while True:
-            await trio.lowlevel.wait_readable(self._ours)
-            self._drain(_BURST)
+        A replay that has ended leaves the link up and quiet.
+        """
+        with self._tasks:
+            async with trio.open_nursery() as nursery:
+                if self._in is not None:
+                    nursery.start_soon(self._replay, self._in)
+                while True:
+                    await trio.lowlevel.wait_readable(self._ours)
+                    self._drain(BURST)
 
-    def _drain(self, limit: float = math.inf) -> None:
-        """Put the frames that wait, at most `limit`, into the file."""
-        done = 0
-        while done < limit:
+    def _drain(self, most: int | None = None) -> None:
+        """Put the frames that wait into the file, at `most` so many."""
+        frames: list[tuple[int, bytes]] = []
+        while most is None or len(frames) < most:
             try:
-                frame = self._ours.recv(LONGEST)
+                frame = self._ours.recv(MAX_FRAME)
             except BlockingIOError:
                 break
             if not frame:
                 break
-            done += 1
-            if self._writer is not None:
-                self._to_file(self._writer.writepkt, frame, time.time())
-        if self._out is not None:
-            self._to_file(self._out.flush)
+            frames.append((time.time_ns(), frame))
+        self._write(frames)
 
-    def _to_file(self, action: Callable[..., object], *args: object) -> None:
-        """Do something with the file written; a file that takes no more, for its disk is full, ends there."""
+    def _write(self, frames: list[tuple[int, bytes]]) -> None:
+        """Where the file takes no more, the cable is out: no traffic passes that the file lacks."""
+        if self._out is None:
+            return
         try:
-            action(*args)
+            self._out.write(frames)
         except OSError as error:
-            log.error("%s: no frame is written any more: %s", self.spec, error.strerror)
-            out, self._out, self._writer = self._out, None, None
-            if out is not None:
-                with contextlib.suppress(OSError):
-                    out.close()
+            log.error("port %s: %s; so the card's link is down", self.spec, error.strerror)
+            self._out.close()
+            self._out = None
+            self._tasks.cancel()
+            self.peer_lost()
 
     async def _replay(self, file: BinaryIO) -> None:
+        count = 0
         try:
-            while await self._replay_once(file) and self._loop:
-                pass
-        except CaptureError as error:
-            log.error("%s: the replay ends, for the file has changed: %s", self.spec, error)
+            while True:
+                start = trio.current_time()
+                first: float | None = None
+                for stamp, frame in read_frames(file):
+                    first = stamp if first is None else first
+                    await trio.sleep_until(start + (stamp - first) / self._speed)
+                    due = trio.current_time()
+                    if await self._send(frame):
+                        start += trio.current_time() - due  # the guest made us wait: keep the pace from here
+                    count += 1
+                    if self._both:
+                        self._write([(time.time_ns(), frame)])
+                if not self._loop or first is None:
+                    break
+            log.info("port %s: the replay has ended after %d frames", self.spec, count)
+        except (CaptureError, OSError) as error:  # it was sound when it was opened
+            log.error(
+                "port %s: the replay has ended after %d frames, for the file has changed: %s",
+                self.spec,
+                count,
+                error,
+            )
 
-    async def _replay_once(self, file: BinaryIO) -> bool:
-        """Returns whether there was a frame at all."""
-        start = trio.current_time()
-        first: float | None = None
-        for stamp, frame in frames(file):
-            first = stamp if first is None else first
-            await trio.sleep_until(start + (stamp - first) / self._speed)
-            await self._send(frame)
-        return first is not None
-
-    async def _send(self, frame: bytes) -> None:
+    async def _send(self, frame: bytes) -> bool:
+        """Give the card a frame; tells whether that had to wait."""
+        waited = False
         while True:
             try:
                 self._ours.send(frame)
             except BlockingIOError:
+                waited = True
                 await trio.lowlevel.wait_writable(self._ours)
             else:
-                return
+                return waited
 
     def close(self) -> None:
-        """Write what still waits, and close the files; nothing the guest sent is lost."""
-        if self.fd >= 0:
+        """Write what still waits and close the files: nothing that the guest sent is lost."""
+        self.fd = -1
+        self.link_up = False
+        if self._ours.fileno() >= 0:
             self._drain()
-            self._ours.close()
-            self._cards.close()
-            self.fd = -1
-        if self._out is not None:
-            self._to_file(self._out.close)
-        if self._in is not None:
-            self._in.close()
-        self._in = self._out = self._writer = None
+        self._close_all()
+
+    def _close_all(self) -> None:
+        self.fd = -1
+        self._ours.close()
+        self._cards.close()
+        for file in (self._in, self._out):
+            if file is not None:
+                file.close()
+        self._in = self._out = None
 
 
-def _open(path: str, flags: int) -> BinaryIO:
-    """Open a regular file; anything else could block or never end."""
-    action = "read" if flags == os.O_RDONLY else "written"
+def _check_combination(write: str | None, read: str | None, both: bool) -> None:
+    if write is None and read is None:
+        raise PortError("port pcap needs write=FILE or read=FILE, or both of them")
+    if both and (write is None or read is None):
+        raise PortError("port pcap: both=yes writes what is read; it needs write=FILE and read=FILE")
+
+
+def _open(path: str, flags: int) -> int:
+    writing = flags != os.O_RDONLY
     try:
+        # O_NONBLOCK: a FIFO must not make us wait for somebody.
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     except OSError as error:
-        raise PortError(f"port pcap: {path!r} cannot be {action}: {error.strerror}") from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise PortError(f"port pcap: {path!r} cannot be {action}: it is no regular file")
-    return os.fdopen(fd, "rb" if flags == os.O_RDONLY else "wb")
+        action = "written" if writing else "read"
+        raise PortError(
+            f"port pcap: {path!r} cannot be {action}: {error.strerror}; choose another file"
+        ) from None
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode) or (writing and stat.S_ISCHR(mode)):
+        return fd
+    os.close(fd)
+    raise PortError(f"port pcap: {path!r} is not a regular file; choose one, for others could stop the card")
+
+
+def _check_capture(file: BinaryIO, path: str) -> None:
+    count = 0
+    try:
+        for _ in read_frames(file):
+            count += 1
+    except (CaptureError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise PortError(f"port pcap: {path!r} cannot be replayed: after {count} frames: {reason}") from None
