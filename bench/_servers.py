@@ -51,10 +51,14 @@ def libvfio_user_command(*, poll: bool = False) -> str:
 
 
 class Server:
-    """A vfio-user server, alone in its process group."""
+    """A vfio-user server, alone in its process group.
+
+    It stays in the session of whoever measures, and so in the scheduling group (autogroup) of the client and
+    of `busy`: only there do they compete for a CPU as threads of one process would.
+    """
 
     def __init__(self, command: str, path: Path, cpu: int | None = None) -> None:
-        """Start `command` with its ``{socket}`` filled in; pinned to `cpu`, with everything it starts."""
+        """Start `command` with its ``{socket}`` filled in, pinned to `cpu` with everything it starts."""
         self.path = path
         self._words = [word.replace("{socket}", str(path)) for word in shlex.split(command)]
         if cpu is not None:
@@ -67,7 +71,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
-                start_new_session=True,
+                process_group=0,
             )
         except OSError as error:
             self._errors.close()
@@ -118,6 +122,19 @@ class Server:
                 self._process.wait()
         self._errors.close()
         self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def busy(cpu: int) -> Iterator[None]:
+    """Something on `cpu` that never sleeps, of the servers' own priority, while the block runs."""
+    hog = subprocess.Popen(
+        ["taskset", "-c", str(cpu), sys.executable, "-S", "-c", "while True: pass"], stdin=subprocess.DEVNULL
+    )
+    try:
+        yield
+    finally:
+        hog.kill()
+        hog.wait()
 
 
 @contextmanager

@@ -17,13 +17,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bench._servers import DEFAULT_COMMAND, Server, libvfio_user_command, register_client, running
+from bench._servers import DEFAULT_COMMAND, Server, busy, libvfio_user_command, register_client, running
 from tests.peers.cache import PeerError
 
 SERVER_CPU = 0
@@ -38,21 +39,29 @@ class Scenario:
     name: str
     what: str
     target: float
-    """The largest acceptable ratio of medians, ours to theirs."""
+    """The largest acceptable ratio, ours to theirs."""
     client_cpu: int
     reads: int
     client_flags: tuple[str, ...] = ()
     poll: bool = False
-    turns: int = 1
-    """Rounds here for each round asked for: many short ones where two runs of the same server differ most."""
+    together: bool = False
+    """Read from the servers in turn, not round by round: fair where each sleeps while the other is read."""
+    neighbour: bool = False
+    """Something else wants the server's CPU all the time."""
+    percentile: Literal["p50", "p90"] = "p50"
+    """What is compared."""
 
 
+_RARE = ("-p", "200", "-u", "30")
 SCENARIOS = [
     Scenario("one-core", "both on one CPU, both sleep: software alone", 1.35, 0, 6000),
-    Scenario(
-        "asleep", "a CPU each, both asleep before each read", 1.05, 1, 300, ("-p", "200", "-u", "30"), turns=4
-    ),
+    Scenario("asleep", "a CPU each, both asleep before each read", 1.05, 1, 500, _RARE, together=True),
     Scenario("poll", "a CPU each, neither sleeps", 1.25, 1, 20000, ("-s",), poll=True),
+    Scenario(
+        *("neighbour", "asleep, and the server's CPU busy with something else", 1.5, 1, 500, _RARE),
+        neighbour=True,
+        percentile="p90",
+    ),
 ]
 
 
@@ -86,7 +95,7 @@ class Outcome:
     ours: Latency | None
     theirs: Latency | None
     ratio: float
-    """The median over rounds of (our p50 / their p50); seconds for `listening`."""
+    """The median over rounds of (ours / theirs); seconds for `listening`."""
     spread: tuple[float, float]
     """The least and the greatest of the same."""
     target: float
@@ -111,27 +120,31 @@ def _typical(rounds: Sequence[Latency]) -> Latency:
     )
 
 
-def _read_registers(client: Path, scenario: Scenario, register: Register, server: Server) -> Latency:
-    """One round of one server, which runs only as long as it is measured."""
-    command: list[str | Path] = [client, "-b", "-c", str(scenario.client_cpu), "-n", str(scenario.reads)]
-    command += [*scenario.client_flags, *register.flags(), server.path]
-    server.thaw()
+def _read_registers(scenario: Scenario, register: Register, servers: Sequence[Server]) -> list[Latency]:
+    """One round; the servers run only as long as they are measured."""
+    command: list[str | Path] = [register_client(), "-b", "-c", str(scenario.client_cpu)]
+    command += ["-n", str(scenario.reads), *scenario.client_flags, *register.flags()]
+    command += [server.path for server in servers]
+    names = ", ".join(server.path.stem for server in servers)
+    for server in servers:
+        server.thaw()
     try:
         done = subprocess.run(command, capture_output=True, check=False, timeout=120)
     except subprocess.TimeoutExpired:
-        raise PeerError(f"{server.path.stem} does not answer: `{shlex.join(map(str, command))}`") from None
+        raise PeerError(f"no answer from {names}: `{shlex.join(map(str, command))}`") from None
     finally:
-        server.freeze()
+        for server in servers:
+            server.freeze()
     if done.returncode:
-        raise PeerError(f"{server.path.stem}: {done.stderr.decode(errors='replace').strip()}")
-    return _percentiles(array.array("I", done.stdout))
+        raise PeerError(f"{names}: {done.stderr.decode(errors='replace').strip()}")
+    sample = array.array("I", done.stdout)
+    return [_percentiles(sample[at : at + scenario.reads]) for at in range(0, len(sample), scenario.reads)]
 
 
 def measure(
     scenario: Scenario, commands: dict[str, str], register: Register, rounds: int, scratch: Path
 ) -> Outcome:
-    """Run both servers through a scenario, turn by turn, the first one changing from round to round."""
-    client = register_client()
+    """Run both servers through a scenario in turns, the first one changing from round to round."""
     seen: dict[str, list[Latency]] = {name: [] for name in commands}
     with ExitStack() as stack:
         servers = {}
@@ -139,10 +152,18 @@ def measure(
             path = scratch / f"{name}.sock"
             servers[name] = stack.enter_context(running(command, path, SERVER_CPU))
             servers[name].freeze()
-        for number in range(rounds * scenario.turns):
-            for name in list(servers)[:: 1 if number % 2 else -1]:
-                seen[name].append(_read_registers(client, scenario, register, servers[name]))
-    ratios = [ours.p50 / theirs.p50 for ours, theirs in zip(seen[OURS], seen[THEIRS], strict=True)]
+        if scenario.neighbour:
+            stack.enter_context(busy(SERVER_CPU))
+        for number in range(rounds):
+            order = list(servers)[:: 1 if number % 2 else -1]
+            for names in [order] if scenario.together else [[name] for name in order]:
+                measured = _read_registers(scenario, register, [servers[name] for name in names])
+                for name, latency in zip(names, measured, strict=True):
+                    seen[name].append(latency)
+    ratios = [
+        getattr(ours, scenario.percentile) / getattr(theirs, scenario.percentile)
+        for ours, theirs in zip(seen[OURS], seen[THEIRS], strict=True)
+    ]
     return Outcome(
         scenario.name,
         _typical(seen[OURS]),
@@ -173,7 +194,7 @@ def measure_listening(command: str, times: int, scratch: Path) -> Outcome:
 
 def _cells(outcome: Outcome) -> list[str]:
     def told(latency: Latency | None) -> list[str]:
-        return ["", ""] if latency is None else [f"{latency.p50:.1f}", f"{latency.p99:.1f}"]
+        return ["", ""] if latency is None else [f"{latency.p50:.1f}", f"{latency.p90:.1f}"]
 
     unit = " s" if outcome.scenario == "listening" else ""
     low, high = outcome.spread
@@ -195,7 +216,7 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
         padding=(0, 1, 0, 0),
     )
     table.add_column("scenario", no_wrap=True)
-    for heading in ("A p50", "p99", "B p50", "p99", "A / B", "rounds", "target", ""):
+    for heading in ("A p50", "p90", "B p50", "p90", "A / B", "rounds", "target", ""):
         table.add_column(heading, justify="right", no_wrap=True)
     for outcome in outcomes:
         table.add_row(*_cells(outcome))
@@ -257,6 +278,7 @@ def main(
       one-core   server and client on one CPU, both sleep: the cost of software alone
       asleep     a CPU each, asleep before each read: what a driver's rare register access sees
       poll       a CPU each, neither sleeps: the least latency
+      neighbour  as asleep, while something else wants the server's CPU; compares the 90th percentile
       listening  from starting the program to the first connection, in seconds
 
     \b

@@ -2,10 +2,11 @@
  * Times register reads on any vfio-user server, from the outside: the same program measures every server, so what two
  * servers' numbers have in common is this client and what differs is theirs.
  *
- *   register_client [options] SOCKET      (options: see usage() below)
+ *   register_client [options] SOCKET...      (options: see usage() below)
  *
  * It negotiates, switches memory decoding on as a driver would, reads one register untimed until both sides are warm,
- * then measures: the clock is read just before the request leaves and just after the whole reply has arrived.
+ * then measures: the clock is read just before the request leaves and just after the whole reply has arrived. Given
+ * several sockets it reads from them in turn, so that one moment's noise meets all servers alike.
  */
 #define _GNU_SOURCE
 #include <endian.h>
@@ -51,23 +52,23 @@ static struct {
     bool spin, raw;
 } options = { .width = 4, .reads = 20000, .warm_up = 500, .cpu = -1 };
 
-static int connection;
+enum { MAX_SERVERS = 4 };
 
 static void usage(void)
 {
-    errx(2, "usage: register_client [options] SOCKET\n"
+    errx(2, "usage: register_client [options] SOCKET...\n"
             "  -r REGION   region to read, 0 is BAR0 (0)\n"
             "  -o OFFSET   offset in the region (0)\n"
             "  -w WIDTH    bytes to read, 1, 2 or 4 (4)\n"
-            "  -n READS    timed reads (20000)\n"
+            "  -n READS    timed reads from each server (20000)\n"
             "  -u READS    untimed reads before them (500)\n"
             "  -p USEC     sleep this long before each read, for both sides to fall asleep (0: none)\n"
             "  -c CPU      run on this CPU only\n"
             "  -s          wait for replies without sleeping\n"
-            "  -b          print all latencies as binary 32-bit nanoseconds instead of percentiles");
+            "  -b          print latencies as binary 32-bit nanoseconds, server by server, not percentiles");
 }
 
-static void send_all(const void *data, size_t size)
+static void send_all(int connection, const void *data, size_t size)
 {
     ssize_t sent = send(connection, data, size, MSG_NOSIGNAL);
 
@@ -77,7 +78,7 @@ static void send_all(const void *data, size_t size)
         errx(1, "the socket took half a message");
 }
 
-static void receive_all(void *data, size_t size)
+static void receive_all(int connection, void *data, size_t size)
 {
     size_t have = 0;
 
@@ -102,7 +103,7 @@ static void check_reply(const struct header *reply, uint16_t id, uint16_t comman
         errx(1, "command %u failed: %s", command, strerror((int)le32toh(reply->error)));
 }
 
-static void negotiate(void)
+static void negotiate(int connection)
 {
     static const char capabilities[] = "{\"capabilities\":{\"max_msg_fds\":8}}";
     struct {
@@ -115,17 +116,17 @@ static void negotiate(void)
     size_t size;
 
     memcpy(offer.json, capabilities, sizeof capabilities);
-    send_all(&offer, sizeof offer);
-    receive_all(&reply, sizeof reply);
+    send_all(connection, &offer, sizeof offer);
+    receive_all(connection, &reply, sizeof reply);
     check_reply(&reply, 0, VERSION);
     size = le32toh(reply.size);
     if (size < sizeof reply + 4 || size - sizeof reply > sizeof rest)
         errx(1, "the reply to VERSION is %zu bytes long", size);
-    receive_all(rest, size - sizeof reply);
+    receive_all(connection, rest, size - sizeof reply);
 }
 
 /* Drivers read BARs after the bus switched decoding on; a faithful server may answer nothing useful before. */
-static void enable_memory(void)
+static void enable_memory(int connection)
 {
     struct access write = {
         .header = { htole16(1), htole16(REGION_WRITE), htole32(ACCESS_SIZE + 2), 0, 0 },
@@ -134,8 +135,8 @@ static void enable_memory(void)
     };
     struct access reply;
 
-    send_all(&write, ACCESS_SIZE + 2);
-    receive_all(&reply, ACCESS_SIZE);
+    send_all(connection, &write, ACCESS_SIZE + 2);
+    receive_all(connection, &reply, ACCESS_SIZE);
     check_reply(&reply.header, 1, REGION_WRITE);
 }
 
@@ -148,7 +149,7 @@ static uint64_t now(void)
 }
 
 /* One register read; the answer is its latency in nanoseconds. */
-static uint32_t read_register(uint16_t id)
+static uint32_t read_register(int connection, uint16_t id)
 {
     size_t reply_size = ACCESS_SIZE + options.width;
     struct access request = {
@@ -159,8 +160,8 @@ static uint32_t read_register(uint16_t id)
     uint64_t start, end;
 
     start = now();
-    send_all(&request, ACCESS_SIZE);
-    receive_all(&reply, reply_size);
+    send_all(connection, &request, ACCESS_SIZE);
+    receive_all(connection, &reply, reply_size);
     end = now();
     check_reply(&reply.header, id, REGION_READ);
     if (le32toh(reply.header.size) != reply_size)
@@ -203,19 +204,43 @@ static void parse(int argc, char **argv)
         default: usage();
         }
     }
-    if (optind != argc - 1 || options.reads < 1 || options.width < 1 || options.width > 4)
+    if (optind >= argc || argc - optind > MAX_SERVERS || options.reads < 1 || options.width < 1 || options.width > 4)
         usage();
+}
+
+static int connect_to(const char *path)
+{
+    struct sockaddr_un address = { .sun_family = AF_UNIX };
+    int connection = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+    if (strlen(path) >= sizeof address.sun_path)
+        errx(2, "the socket's path is too long");
+    strcpy(address.sun_path, path);
+    if (connection < 0 || connect(connection, (struct sockaddr *)&address, sizeof address) < 0)
+        err(1, "%s", path);
+    negotiate(connection);
+    enable_memory(connection);
+    return connection;
+}
+
+static void print_percentiles(uint32_t *latency, size_t count)
+{
+    qsort(latency, count, sizeof *latency, by_value);
+    printf("p50 %.2f us  p90 %.2f us  p99 %.2f us\n", latency[count / 2] / 1e3, latency[count * 9 / 10] / 1e3,
+           latency[count * 99 / 100] / 1e3);
 }
 
 int main(int argc, char **argv)
 {
-    struct sockaddr_un address = { .sun_family = AF_UNIX };
+    int connections[MAX_SERVERS];
     uint32_t *latency;
-    long total;
+    long servers;
+    size_t reads;
 
     parse(argc, argv);
-    total = options.warm_up + options.reads;
-    latency = calloc((size_t)options.reads, sizeof *latency);
+    servers = argc - optind;
+    reads = (size_t)options.reads;
+    latency = calloc(reads * (size_t)servers, sizeof *latency);
     if (latency == NULL)
         err(1, "calloc");
     if (options.cpu >= 0) {
@@ -226,16 +251,11 @@ int main(int argc, char **argv)
         if (sched_setaffinity(0, sizeof cpus, &cpus) < 0)
             err(1, "CPU %d", options.cpu);
     }
-    if (strlen(argv[optind]) >= sizeof address.sun_path)
-        errx(2, "the socket's path is too long");
-    strcpy(address.sun_path, argv[optind]);
-    connection = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (connection < 0 || connect(connection, (struct sockaddr *)&address, sizeof address) < 0)
-        err(1, "%s", argv[optind]);
-    negotiate();
-    enable_memory();
+    for (long server = 0; server < servers; server++)
+        connections[server] = connect_to(argv[optind + server]);
 
-    for (long i = 0; i < total; i++) {
+    for (long i = 0; i < servers * (options.warm_up + options.reads); i++) {
+        long server = i % servers, round = i / servers - options.warm_up;
         uint32_t taken;
 
         if (options.pause_us > 0) {
@@ -243,17 +263,18 @@ int main(int argc, char **argv)
 
             clock_nanosleep(CLOCK_MONOTONIC, 0, &pause, NULL);
         }
-        taken = read_register((uint16_t)i);
-        if (i >= options.warm_up)
-            latency[i - options.warm_up] = taken;
+        taken = read_register(connections[server], (uint16_t)i);
+        if (round >= 0)
+            latency[server * options.reads + round] = taken;
     }
     if (options.raw) {
-        if (fwrite(latency, sizeof *latency, (size_t)options.reads, stdout) != (size_t)options.reads || fflush(stdout))
+        size_t count = reads * (size_t)servers;
+
+        if (fwrite(latency, sizeof *latency, count, stdout) != count || fflush(stdout))
             err(1, "standard output");
         return 0;
     }
-    qsort(latency, (size_t)options.reads, sizeof *latency, by_value);
-    printf("p50 %.2f us  p90 %.2f us  p99 %.2f us\n", latency[options.reads / 2] / 1e3,
-           latency[options.reads * 9 / 10] / 1e3, latency[options.reads * 99 / 100] / 1e3);
+    for (long server = 0; server < servers; server++)
+        print_percentiles(latency + server * options.reads, reads);
     return 0;
 }

@@ -1,8 +1,8 @@
 """The real libvfio-user, as the shared object that Debian would ship if it packaged the library on its own.
 
-Debian has it only inside QEMU's source package, at the revision QEMU was released with (the API of June 2022:
-BAR sizes in 32 bits, 3-argument ``vfu_setup_device_dma``). ``python -m tests.peers.libvfio_user`` prints where
-it lies.
+Debian has it only inside QEMU's source package, at the revision QEMU was released with: the API of June 2022,
+where BAR sizes have 32 bits and ``vfu_setup_device_dma`` takes three arguments.
+``python -m tests.peers.libvfio_user`` prints where it lies.
 """
 
 from __future__ import annotations
