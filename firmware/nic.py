@@ -109,6 +109,7 @@ class Nic:
             self.filter,
         )
         self.datapath.poll_ns = 1000 * busy_poll_us
+        self._attached: int | None = None
         port.on_change = self._port_changed
         self._port_changed()
 
@@ -167,8 +168,13 @@ class Nic:
     # --- port and link
 
     def _port_changed(self) -> None:
-        """The port's link or file descriptor is another one now."""
-        self.datapath.attach(self.port.fd, _FRAMINGS[self.port.framing], self.port.vnet_header_size)
+        """The port's link or file descriptor is another one now.
+
+        Attaching forgets what was read of a stream, so it is done only for another descriptor.
+        """
+        if self.port.fd != self._attached:
+            self._attached = self.port.fd
+            self.datapath.attach(self.port.fd, _FRAMINGS[self.port.framing], self.port.vnet_header_size)
         self.set_link(self.port.link_up)
 
     def set_link(self, up: bool) -> None:
@@ -194,7 +200,9 @@ class Nic:
         done = trio.Event()
 
         async def worker() -> None:
-            await trio.to_thread.run_sync(self.datapath.run, limiter=trio.CapacityLimiter(1))
+            # Shielded, so that the stop() below always meets a thread: it would end the next one otherwise.
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self.datapath.run, limiter=trio.CapacityLimiter(1))
             done.set()
 
         async with trio.open_nursery() as nursery:
@@ -220,6 +228,7 @@ class Nic:
         if self.datapath.port_lost:
             log.warning("%s: port %s lost its peer", self.name, self.port.spec)
             self.datapath.detach()
+            self._attached = None
             self.port.peer_lost()
 
     def close(self) -> None:
