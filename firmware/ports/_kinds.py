@@ -94,11 +94,11 @@ KINDS: dict[str, PortKind] = {
 
 def open_port(spec: str) -> Port:
     """Open the port that `spec` describes; raises PortError: one line, what is wrong and what to do."""
-    kind, given = split(spec)
+    kind = spec.partition(":")[0]
     if kind not in KINDS:
         problem = f"there is no port {kind!r}" if kind else f"port {spec!r} does not begin with a kind"
         raise PortError(f"{problem}; the kinds are {', '.join(KINDS)}")
-    options = check(kind, KINDS[kind].options, given)
+    options = check(kind, KINDS[kind].options, split(spec)[1])
     factory: type[Port] = getattr(importlib.import_module(KINDS[kind].module), KINDS[kind].type)
     return factory(spec, **options)
 

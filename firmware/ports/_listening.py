@@ -14,6 +14,8 @@ from pathlib import Path
 
 from firmware.ports._port import PortError
 
+__all__ = ["MAX_PATH", "Listening", "check_path"]
+
 MAX_PATH = 107  # sun_path of struct sockaddr_un, less its final zero
 
 _MODE = 0o600  # whoever can connect is on the guest's network
@@ -27,7 +29,9 @@ _LOCK_TRIES, _LOCK_PAUSE_S = 50, 0.01
 def check_path(path: str) -> None:
     """Raises PortError for a path that no socket can have."""
     if len(os.fsencode(path)) > MAX_PATH:
-        raise PortError(f"port stream: {path!r} is longer than the {MAX_PATH} bytes a socket's path may have")
+        raise PortError(
+            f"port stream: {path!r} is too long; the path of a socket has at most {MAX_PATH} bytes"
+        )
     if not Path(path).absolute().parent.is_dir():
         raise PortError(f"port stream: there is no folder for {path!r}; make it or choose another path")
 
@@ -47,7 +51,9 @@ class Listening:
                 self.socket.listen(_BACKLOG)
         except OSError as error:
             self.socket.close()
-            raise PortError(f"port stream: cannot listen at {path!r}: {error.strerror}") from None
+            raise PortError(
+                f"port stream: cannot listen at {path!r}: {error.strerror}; choose another path"
+            ) from None
         except PortError:
             self.socket.close()
             raise

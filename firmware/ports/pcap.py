@@ -40,7 +40,7 @@ class PcapPort(Port):
         self, spec: str, *, write: str | None, read: str | None, both: bool, speed: float, loop: bool
     ) -> None:
         super().__init__(spec)
-        _check_combination(write, read, both)
+        _check_combination(write, read, both, replaying=speed != 1 or loop)
         self._speed = speed
         self._loop = loop
         self._both = both
@@ -171,9 +171,11 @@ class PcapPort(Port):
         self._in = self._out = None
 
 
-def _check_combination(write: str | None, read: str | None, both: bool) -> None:
+def _check_combination(write: str | None, read: str | None, both: bool, replaying: bool) -> None:
     if write is None and read is None:
         raise PortError("port pcap needs write=FILE or read=FILE, or both of them")
+    if replaying and read is None:
+        raise PortError("port pcap: speed and loop are about a replay; add read=FILE, or leave them out")
     if both and (write is None or read is None):
         raise PortError("port pcap: both=yes writes what is read; it needs write=FILE and read=FILE")
 

@@ -5,22 +5,17 @@ from __future__ import annotations
 import errno
 import logging
 import math
-import os
 import socket
-import stat
 from pathlib import Path
 
 import trio
 
+from firmware.ports._listening import Listening, check_path
 from firmware.ports._port import Framing, Port, PortError
 
 __all__ = ["StreamPort"]
 
 log = logging.getLogger("trionic.port")
-
-MAX_PATH = 107  # bytes in sun_path of struct sockaddr_un, less its final zero
-BACKLOG = 1  # a peer that may wait until the one before has gone
-MODE = 0o600  # whoever can connect is the network, so only the owner can
 
 # What a peer that is not there yet looks like; all else needs somebody's hand.
 _NOT_YET = frozenset({errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN})
@@ -45,17 +40,19 @@ class StreamPort(Port):
         self._peer: socket.socket | None = None
         self._lost = trio.Event()
         self._complaint: str | None = None
-        self._listener: _Listener | None = None
+        self._listener: Listening | None = None
         if path is not None and listen is None:
-            self._path = _checked(path)
+            check_path(path)
+            self._path = path
             if Path(path).exists() and not Path(path).is_socket():
                 raise PortError(f"port stream: {path!r} is not a socket; choose another path")
             error = self._connect()
             if error is not None and (reconnect is None or error.errno not in _NOT_YET):
                 raise PortError(_advice(self._path, error))
         elif listen is not None and path is None:
-            self._path = _checked(listen)
-            self._listener = _Listener(self._path)
+            check_path(listen)
+            self._path = listen
+            self._listener = Listening(listen)
         else:
             raise PortError(
                 "port stream needs either path=SOCKET, to connect, or listen=SOCKET, to be connected to"
@@ -142,78 +139,6 @@ class StreamPort(Port):
         self._hang_up()
         if self._listener is not None:
             self._listener.close()
-
-
-class _Listener:
-    """A listening socket whose file is its owner's alone; a stale file is replaced, all else refused."""
-
-    def __init__(self, path: str) -> None:
-        self._path = Path(path)
-        self.socket = socket.socket(
-            socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-        )
-        try:
-            self._clear_stale()
-            # unix_bind_bsd() takes the file's mode from the unbound socket: it is never open to others.
-            os.fchmod(self.socket.fileno(), MODE)
-            self.socket.bind(path)
-            self._identity = self._identify()
-            self.socket.listen(BACKLOG)
-        except OSError as error:
-            self.socket.close()
-            raise PortError(
-                f"port stream: cannot listen at {path!r}: {error.strerror}; choose another path"
-            ) from None
-        except PortError:
-            self.socket.close()
-            raise
-
-    def _clear_stale(self) -> None:
-        try:
-            if not stat.S_ISSOCK(self._path.lstat().st_mode):
-                raise PortError(
-                    f"port stream: {str(self._path)!r} exists and is not a socket; choose another path"
-                )
-        except FileNotFoundError:
-            return
-        with socket.socket(
-            socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-        ) as probe:
-            error = probe.connect_ex(os.fspath(self._path))
-        if error == errno.ECONNREFUSED:
-            self._path.unlink(missing_ok=True)
-        elif error != errno.ENOENT:
-            raise PortError(
-                f"port stream: another program listens at {str(self._path)!r};"
-                " connect to it by path=, or choose another"
-            )
-
-    def _identify(self) -> tuple[int, int]:
-        status = self._path.lstat()
-        return status.st_dev, status.st_ino
-
-    def close(self) -> None:
-        if self.socket.fileno() < 0:
-            return
-        try:
-            if self._identify() == self._identity:
-                self._path.unlink()
-        except OSError:
-            log.debug("%s was removed already", self._path)
-        self.socket.close()
-
-
-def _checked(path: str) -> str:
-    if len(os.fsencode(path)) > MAX_PATH:
-        raise PortError(
-            f"port stream: the path {path!r} is too long; a socket's has at most {MAX_PATH} bytes"
-        )
-    folder = Path(path).absolute().parent
-    if not folder.is_dir():
-        raise PortError(
-            f"port stream: {path!r} is in no folder; make {str(folder)!r} first, or choose another path"
-        )
-    return path
 
 
 def _advice(path: str, error: OSError) -> str:

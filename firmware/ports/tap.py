@@ -9,11 +9,15 @@ import logging
 import os
 import socket
 import struct
+from typing import TYPE_CHECKING
 
 import trio
 
 from firmware.ports._netns import inside
 from firmware.ports._port import Offload, Port, PortError
+
+if TYPE_CHECKING:
+    from ipaddress import IPv4Interface, IPv6Interface
 
 __all__ = ["TapPort"]
 
@@ -55,16 +59,17 @@ class TapPort(Port):
     ) -> None:
         super().__init__(spec)
         _check_name(name)
+        address = None if ip is None else _interface_address(ip)
         self.name = name
         self._tap = -1
         self._sockets = contextlib.ExitStack()
         try:
-            inside(netns, lambda: self._open(up, mtu, ip))
+            inside(netns, lambda: self._open(up, mtu, address))
         except BaseException:
             self.close()
             raise
 
-    def _open(self, up: bool | None, mtu: int | None, ip: str | None) -> None:
+    def _open(self, up: bool | None, mtu: int | None, address: IPv4Interface | IPv6Interface | None) -> None:
         """Everything that must happen inside the namespace."""
         existing = {name for _, name in socket.if_nameindex()}
         self._tap = _open_tun()
@@ -91,8 +96,8 @@ class TapPort(Port):
         )
         if mtu is not None:
             self._change(SIOCSIFMTU, mtu, f"does not take an MTU of {mtu} bytes")
-        if ip is not None:
-            self._add_address(ip)
+        if address is not None:
+            self._add_address(address)
         if up is None:
             up = self.name not in existing or None
         if up is not None:
@@ -124,19 +129,8 @@ class TapPort(Port):
         except OSError:
             return False  # deleted, or moved to another namespace
 
-    def _add_address(self, address: str) -> None:
-        # Imported here: either takes longer than a server needs to start.
-        import ipaddress
-
-        try:
-            if "/" not in address:
-                raise ValueError
-            interface = ipaddress.ip_interface(address)
-        except ValueError:
-            raise PortError(
-                f"port tap: ip={address!r} should be an address with its prefix length, like 10.0.0.1/24"
-            ) from None
-
+    def _add_address(self, address: IPv4Interface | IPv6Interface) -> None:
+        # Imported here: it takes longer than a server needs to start.
         from pyroute2 import IPRoute
         from pyroute2.netlink.exceptions import NetlinkError
 
@@ -145,8 +139,8 @@ class TapPort(Port):
                 route.addr(
                     "replace",
                     index=socket.if_nametoindex(self.name),
-                    address=str(interface.ip),
-                    prefixlen=interface.network.prefixlen,
+                    address=str(address.ip),
+                    prefixlen=address.network.prefixlen,
                 )
         except (NetlinkError, OSError) as error:
             code = error.code if isinstance(error, NetlinkError) else error.errno
@@ -219,6 +213,19 @@ def _check_name(name: str) -> None:
         raise PortError(f"port tap: {name!r} is no name of an interface; take letters and digits, like tap0")
     if name.count("%d") > 1:
         raise PortError(f"port tap: the name {name!r} has more than one %d; one is possible")
+
+
+def _interface_address(text: str) -> IPv4Interface | IPv6Interface:
+    from ipaddress import ip_interface
+
+    try:
+        if "/" not in text:
+            raise ValueError
+        return ip_interface(text)
+    except ValueError:
+        raise PortError(
+            f"port tap: ip={text!r} should be an address with its prefix length, like 10.0.0.1/24"
+        ) from None
 
 
 def _open_tun() -> int:
