@@ -72,6 +72,7 @@ class Session:
         self._crowd = trio.lowlevel.ParkingLot()
         self._waiting: dict[tuple[int, int], trio.lowlevel.Task] = {}
         self._failure: str | None = None
+        self._ended = trio.Event()
 
     # requests
 
@@ -175,6 +176,11 @@ class Session:
     async def reset(self) -> None:
         """DEVICE_RESET; may take the device arbitrarily long."""
         await self.request(Command.DEVICE_RESET)
+
+    async def wait_end(self) -> Disconnected:
+        """Until the session is over, for whatever reason; what a request would raise then."""
+        await self._ended.wait()
+        return Disconnected(self._failure)
 
     @property
     def _max_transfer(self) -> int:
@@ -312,6 +318,7 @@ class Session:
     def _end(self, reason: str) -> None:
         """The session is over: everyone who waits is told."""
         self._failure = self._failure or reason
+        self._ended.set()
         close_all(self.connection.close())
         waiting, self._waiting = self._waiting, {}
         for task in waiting.values():

@@ -326,6 +326,10 @@ class NetDriver:
         except ClientError as error:
             self._fail(error)
 
+    async def listen_session(self) -> None:
+        """Background task: no interrupt comes when the server is gone."""
+        self._fail(await self._transport.session.wait_end())
+
     def _interrupted(self, queues: Sequence[int]) -> None:
         if RX in queues:
             self._rx_signal.set()
@@ -449,6 +453,7 @@ async def open_net(
         driver = NetDriver(transport, Queues(memory, plan), taken, vectors)
         stack.push_async_callback(driver.stop)
         nursery = await stack.enter_async_context(background())
+        nursery.start_soon(driver.listen_session)
         for interrupt in interrupts:
             if isinstance(interrupt, IntxLine):
                 nursery.start_soon(driver.listen_intx, interrupt)

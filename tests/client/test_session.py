@@ -287,6 +287,7 @@ async def test_everyone_is_told_when_the_server_leaves() -> None:
                 await trio.testing.wait_all_tasks_blocked()
         with pytest.raises(client.Disconnected):
             await session.reset()
+        assert "closed the connection" in str(await session.wait_end())
         with pytest.raises(client.Disconnected):
             await session.post_write(0, 0, b"x")
 

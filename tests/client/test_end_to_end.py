@@ -1,0 +1,142 @@
+"""The client against the project's own server in another process, with the loopback port."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+
+import client
+from client.pci import read_config
+from client.virtio import RxMode, Wiring, open_net
+from protocol.vfio import RegionIndex
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 30
+WIRINGS = pytest.mark.parametrize("wiring", list(Wiring), ids=lambda wiring: wiring.value)
+
+
+@asynccontextmanager
+async def serving(tmp_path: Path) -> AsyncIterator[tuple[Path, trio.Process]]:
+    """A served card; its socket and its process."""
+    path = tmp_path / "nic.sock"
+    command = [sys.executable, "-m", "trionic", "serve", "--socket", str(path), "--port", "loopback"]
+    async with trio.open_nursery() as nursery:
+        process = await nursery.start(
+            partial(
+                trio.run_process,
+                command,
+                stdout=subprocess.PIPE,
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                check=False,
+            )
+        )
+        try:
+            with trio.fail_after(PATIENCE):
+                said = b""
+                while b"READY=1" not in said:
+                    part = await process.stdout.receive_some()
+                    assert part, said
+                    said += part
+                yield path, process
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def connected(tmp_path: Path) -> AsyncIterator[client.Session]:
+    async with serving(tmp_path) as (path, _), client.connect(path) as session:
+        yield session
+
+
+async def test_the_card_is_the_one_that_drivers_look_for(tmp_path: Path) -> None:
+    async with connected(tmp_path) as session:
+        config = await read_config(session)
+        assert (config.vendor, config.device) == (0x1AF4, 0x1041)
+        assert config.subsystem == (0x8086, 0x001A)
+        assert {structure.kind for structure in config.virtio} >= {1, 2, 3, 4}
+        assert config.msix is not None
+        assert config.msix.vectors == session.irqs[2].count
+
+
+async def test_reads_are_pipelined(tmp_path: Path) -> None:
+    async with connected(tmp_path) as session, trio.open_nursery() as nursery:
+        whole = await session.region_read(RegionIndex.CONFIG, 0, 256)
+
+        async def read(offset: int) -> None:
+            assert await session.region_read(RegionIndex.CONFIG, offset, 4) == whole[offset : offset + 4]
+
+        for offset in range(0, 64, 4):
+            nursery.start_soon(read, offset)
+
+
+async def test_card_memory_is_the_same_by_mapping_and_by_message(tmp_path: Path) -> None:
+    async with connected(tmp_path) as session:
+        with client.BarMapping(session.regions[RegionIndex.BAR2]) as memory:
+            memory.write(0x1000, 8, 0x1122334455667788)
+            data = await session.region_read(RegionIndex.BAR2, 0x1000, 8)
+            assert int.from_bytes(data, sys.byteorder) == 0x1122334455667788
+            await session.post_write(RegionIndex.BAR2, 0x2000, b"posted!!")
+            assert await session.region_read(RegionIndex.BAR2, 0x2000, 8) == b"posted!!"
+            assert bytes(memory.view(0x2000, 8)) == b"posted!!"
+
+
+async def test_a_refusal_is_a_server_error_and_the_session_goes_on(tmp_path: Path) -> None:
+    async with connected(tmp_path) as session:
+        with pytest.raises(client.ServerError, match="EINVAL"):
+            await session.region_read(RegionIndex.CONFIG, 1 << 20, 4)
+        assert len(await session.region_read(RegionIndex.CONFIG, 0, 4)) == 4
+
+
+@WIRINGS
+async def test_frames_go_round(tmp_path: Path, wiring: Wiring) -> None:
+    async with connected(tmp_path) as session, open_net(session, wiring=wiring) as nic:
+        for length in (60, 61, 1514, 1000):
+            frame = b"\xff" * 6 + os.urandom(length - 6)
+            await nic.send(frame)
+            assert await nic.receive() == frame
+        await nic.set_rx_mode(RxMode.PROMISCUOUS, True)
+        await nic.reset()
+        frames = [b"\xff" * 6 + number.to_bytes(4, "big") * 20 for number in range(20_000)]
+        got: list[bytes] = []
+        sent = nic.send_burst(frames[:128])
+        while len(got) < len(frames):
+            more = nic.receive_burst()
+            got += more
+            sent += nic.send_burst(frames[sent : sent + len(more)])
+            if not more:
+                await nic.wait_receivable()
+        assert got == frames
+        assert nic.counters.interrupts > 0
+
+
+async def test_one_client_after_another_finds_a_fresh_card(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (path, _):
+        for _ in range(5):
+            async with client.connect(path) as session:
+                assert (await read_config(session)).command == 0
+                async with open_net(session) as nic:
+                    await nic.send(b"\xff" * 60)
+                    assert await nic.receive() == b"\xff" * 60
+
+
+@WIRINGS
+async def test_who_waits_hears_that_the_server_died(tmp_path: Path, wiring: Wiring) -> None:
+    async with serving(tmp_path) as (path, process):
+
+        async def wait_for_a_frame() -> None:
+            async with client.connect(path) as session, open_net(session, wiring=wiring) as nic:
+                process.send_signal(signal.SIGKILL)
+                await nic.receive()
+
+        with trio.fail_after(PATIENCE), pytest.raises(client.Disconnected):
+            await wait_for_a_frame()
