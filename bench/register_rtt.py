@@ -55,7 +55,7 @@ class Scenario:
 _RARE = ("-p", "200", "-u", "30")
 SCENARIOS = [
     Scenario("one-core", "both on one CPU, both sleep: software alone", 1.35, 0, 6000),
-    Scenario("asleep", "a CPU each, both asleep before each read", 1.05, 1, 500, _RARE, together=True),
+    Scenario("asleep", "a CPU each, both asleep before each read", 1.05, 1, 1000, _RARE, together=True),
     Scenario("poll", "a CPU each, neither sleeps", 1.25, 1, 20000, ("-s",), poll=True),
     Scenario(
         *("neighbour", "asleep, and the server's CPU busy with something else", 1.5, 1, 500, _RARE),
