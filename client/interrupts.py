@@ -140,9 +140,10 @@ async def _wired(session: Session, index: IrqIndex, vectors: Sequence[Interrupt]
 @asynccontextmanager
 async def _vectors(session: Session, index: IrqIndex, count: int) -> AsyncIterator[tuple[Interrupt, ...]]:
     async with AsyncExitStack() as stack:
-        vectors = tuple(Interrupt(session, index, vector) for vector in range(count))
-        for vector in vectors:
-            stack.callback(vector.close)
+        vectors: tuple[Interrupt, ...] = ()
+        for vector in range(count):
+            vectors += (Interrupt(session, index, vector),)
+            stack.callback(vectors[-1].close)
         await stack.enter_async_context(_wired(session, index, vectors))
         yield vectors
 

@@ -104,7 +104,7 @@ class Session:
 
     def post(self, command: Command, body: Record | None = None, data: ReadableBuffer = b"") -> None:
         """Send a request that gets no answer, without waiting; what the kernel does not take at once is
-        kept. Raises Disconnected.
+        kept, and lost if the session ends first. Raises Disconnected.
         """
         self._check()
         self._queue(self.connection.request(command, body, data, no_reply=True)[1], ())

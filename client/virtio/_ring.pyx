@@ -1,12 +1,12 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""The driver's side of a split virtqueue (virtio 1.3, 2.7), with event index; see `_ring.pyi` for what each method promises.
+"""The driver's side of a split virtqueue (virtio 1.3, 2.7), with event index; `_ring.pyi` tells the promises.
 
-The device is not trusted: chains and buffers are remembered on this side, and of what the device writes only the used ring is read, each
-entry once. Indices are single aligned loads and stores: release on avail.idx, acquire on used.idx, and a full fence between publishing
-an index and reading the other side's event index or flags (2.7.7.1, 2.7.10.1).
+The device is not trusted: chains and buffers are remembered on this side, and of what the device writes only
+the used ring is read, each entry once. Indices are single aligned loads and stores: release on avail.idx,
+acquire on used.idx, and a full fence between publishing an index and reading the other side's event index or
+flags (2.7.7.1, 2.7.10.1).
 
-A slot is a fixed buffer that belongs to the descriptor of the same number. TransmitRing and ReceiveRing move frames between
-slots and bytes objects; Ring alone leaves buffers to the caller.
+A slot is a fixed buffer that belongs to the descriptor of the same number.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
@@ -52,7 +52,6 @@ MAX_SIZE = 32768
 
 
 def ring_layout(int size):
-    """(bytes, offset of the avail ring, offset of the used ring) of a ring of `size` descriptors that begins 16-aligned."""
     if size < 1 or size > MAX_SIZE or size & (size - 1):
         raise ClientError(f"a ring of {size} descriptors: not a power of two up to {MAX_SIZE}")
     cdef int driver = 16 * size
@@ -70,9 +69,10 @@ cdef class Ring:
     cdef uint16_t *_free
     cdef uint16_t *_next
     cdef uint16_t *_length
-    cdef uint16_t _size, _mask, _free_count, _avail_index, _kicked, _last_used
+    cdef uint16_t _mask, _free_count, _avail_index, _kicked, _last_used
     cdef bint _event_index
     cdef list _tokens
+    cdef readonly uint16_t size
     cdef readonly object descriptor_iova, driver_iova, device_iova
 
     def __cinit__(self, memory, iova, int size, *args, bint event_index=False, **kwargs):
@@ -92,7 +92,7 @@ cdef class Ring:
         self._length = <uint16_t *>calloc(size, 2)
         if self._free == NULL or self._next == NULL or self._length == NULL:
             raise MemoryError
-        self._size = size
+        self.size = size
         self._mask = size - 1
         self._event_index = event_index
         self._tokens = [None] * size
@@ -121,10 +121,6 @@ cdef class Ring:
         if self._descriptors == NULL:
             raise ClientError("the ring is released")
         return 0
-
-    @property
-    def size(self):
-        return self._size
 
     @property
     def free(self):
@@ -187,7 +183,7 @@ cdef class Ring:
         fence()
         self._kicked = new
         if self._event_index:
-            event = load16(<uint16_t *>&self._used_entries[2 * self._size])
+            event = load16(<uint16_t *>&self._used_entries[2 * self.size])
             return <uint16_t>(new - event - 1) < <uint16_t>(new - old)
         return not load16(&self._used[0]) & NO_NOTIFY
 
@@ -196,15 +192,15 @@ cdef class Ring:
     cdef int _pending(self) except -1:
         """How many used entries wait; raises DeviceError if the device claims more than it was given."""
         cdef uint16_t count = <uint16_t>(load_acquire(&self._used[1]) - self._last_used)
-        if count > self._size:
-            raise DeviceError(f"used.idx is {count} ahead in a ring of {self._size}")
+        if count > self.size:
+            raise DeviceError(f"used.idx is {count} ahead in a ring of {self.size}")
         return count
 
     cdef int _entry(self, uint16_t ahead, uint16_t *head, uint32_t *written) except -1:
         """Read a used entry; raises DeviceError if it names no chain that the device has."""
         cdef uint32_t *entry = &self._used_entries[2 * (<uint16_t>(self._last_used + ahead) & self._mask)]
         cdef uint32_t number = load32(entry)
-        if number >= self._size or self._length[number] == 0:
+        if number >= self.size or self._length[number] == 0:
             raise DeviceError(f"used entry {number} is no chain that the device has")
         head[0] = <uint16_t>number
         written[0] = load32(entry + 1)
@@ -250,7 +246,7 @@ cdef class Ring:
         if after < 1:
             after = 1
         if self._event_index:
-            store16(&self._avail[2 + self._size], <uint16_t>(self._last_used + after - 1))
+            store16(&self._avail[2 + self.size], <uint16_t>(self._last_used + after - 1))
         else:
             store16(&self._avail[0], 0)
         fence()
@@ -259,7 +255,7 @@ cdef class Ring:
     def disable_interrupts(self):
         self._check()
         if self._event_index:
-            store16(&self._avail[2 + self._size], <uint16_t>(self._last_used + 0x8000))
+            store16(&self._avail[2 + self.size], <uint16_t>(self._last_used + 0x8000))
         else:
             store16(&self._avail[0], NO_INTERRUPT)
 
@@ -377,7 +373,7 @@ cdef class TransmitRing(_Slots):
         return <const uint8_t *>PyBytes_AS_STRING(header)
 
     cdef int _fits(self, Py_ssize_t length) except -1:
-        if self.slots_for(length) > self._size:
+        if self.slots_for(length) > self.size:
             raise ClientError(f"a frame of {length} bytes does not fit into the ring")
         return 0
 
@@ -414,7 +410,7 @@ cdef class ReceiveRing(_Slots):
             self._offer(at)
 
     cdef int _frame(self, int available, size_t *total, uint16_t *buffers) except -1:
-        """The next frame's length without its header, and over how many buffers it lies; 0 if not all of them are there yet."""
+        """The next frame's length without its header and its buffers; 0 if not all of them are there yet."""
         cdef uint16_t head, count = 1, i
         cdef uint32_t written
         cdef uint8_t *slot
@@ -424,7 +420,7 @@ cdef class ReceiveRing(_Slots):
         slot = self._slot(head)
         if self._mergeable:
             count = slot[NUM_BUFFERS] | <uint16_t>slot[NUM_BUFFERS + 1] << 8
-            if count == 0 or count > self._size:
+            if count == 0 or count > self.size:
                 raise DeviceError(f"a frame of {count} buffers")
             if count > available:
                 return 0
@@ -438,7 +434,7 @@ cdef class ReceiveRing(_Slots):
         return 1
 
     cdef int _consume(self, uint8_t *into, size_t room, uint16_t buffers) except -1:
-        """Copy a frame out, if `into` is given, and offer its buffers anew. `room` bounds the copy: the device may rewrite its lengths."""
+        """Copy a frame out, if `into` is given, and offer its buffers anew. `room` bounds the copy."""
         cdef uint16_t head, i
         cdef uint32_t written
         cdef size_t skip = NET_HEADER, part

@@ -13,6 +13,7 @@ import client
 from bench._servers import Server, libvfio_user_command
 from client.pci import read_config
 from protocol.vfio import RegionFlags, RegionIndex
+from tests.conftest import cannot
 from tests.peers.cache import PeerError
 
 PATIENCE = 20
@@ -24,7 +25,7 @@ def command() -> str:
     try:
         return libvfio_user_command()
     except PeerError as error:
-        pytest.skip(f"libvfio-user cannot be had here: {error}")
+        cannot(f"libvfio-user cannot be had here: {error}")
 
 
 @asynccontextmanager
