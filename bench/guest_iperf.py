@@ -1,4 +1,4 @@
-"""What TCP gets through the card: a guest's throughput beside QEMU's own virtio-net, in the same guest and run.
+"""What TCP gets through the card, beside QEMU's own virtio-net in the same guest and run.
 
 ``python -m bench.guest_iperf --help`` tells how to run it, ``bench/README.md`` what its numbers mean.
 """
@@ -85,9 +85,8 @@ def _script(scenarios: Sequence[Scenario], rounds: int, seconds: float) -> str:
     lines = [SETUP]
     for scenario in scenarios:
         switch = "on" if scenario.offloads else "off"
-        lines += [
-            f"for n in 0 1; do ethtool -K $(nic $n) tx {switch} tso {switch} gso {switch} gro {switch} || true; done"
-        ]
+        work = " ".join(f"{kind} {switch}" for kind in ("tx", "tso", "gso", "gro"))
+        lines += [f"for n in 0 1; do ethtool -K $(nic $n) {work} || true; done"]
         for number in range(rounds):
             for subnet in (0, 1)[:: 1 if number % 2 else -1]:
                 lines += [
