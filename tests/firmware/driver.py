@@ -128,6 +128,8 @@ class Driver:
         self.ring_doorbell(RX_QUEUE)
 
     def send(self, frame: bytes, header: bytes = NO_HEADER) -> None:
+        if len(self.tx.free) < self.tx.size // 2:
+            self.tx.used()
         address = self.memory.allocate(HEADER + len(frame))
         self.memory.write(address, header + frame)
         self.tx.add([(address, HEADER + len(frame), False)])
@@ -135,10 +137,9 @@ class Driver:
 
     def received(self) -> list[bytes]:
         """The frames that have come since the last call, each in one buffer, which is offered again."""
-        frames = []
-        for head, written in self.rx.used():
-            address = self._posted.pop(head)
-            frames.append(self.memory.read(address + HEADER, written - HEADER))
+        filled = [(self._posted.pop(head), written) for head, written in self.rx.used()]
+        frames = [self.memory.read(address + HEADER, written - HEADER) for address, written in filled]
+        for address, _ in filled:
             self._posted[self.rx.add([(address, BUFFER, True)])] = address
         if frames:
             self.ring_doorbell(RX_QUEUE)

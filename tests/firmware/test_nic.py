@@ -20,7 +20,7 @@ from device.virtio.net import RX_QUEUE, TX_QUEUE
 from device.virtio.transport import Status
 from firmware import Nic
 from firmware.nic import random_mac
-from firmware.ports import Framing, Offload, Port, open_port
+from firmware.ports import Framing, Offload, Port, open_port, quote
 from tests.firmware.driver import CONFIG_VECTOR, HEADER, Driver, driver_of
 
 MAC = bytes.fromhex("525400000001")
@@ -551,3 +551,59 @@ def test_a_closed_card_has_let_go_of_everything() -> None:
         assert cable.happened[-1] == "closed"
         del cable, driver
     assert open_descriptors() <= before
+
+
+# --- two cards and a wire
+
+
+async def test_two_cards_are_wired_together_and_again_after_one_has_gone(
+    tmp_path: Path, make_driver: Callable[..., Driver], nursery: trio.Nursery
+) -> None:
+    wire = quote(str(tmp_path / "wire.sock"))
+    left = make_driver(open_port(f"stream:listen={wire}"))
+    nursery.start_soon(left.nic.run)
+    left.start()
+    assert not left.link_up
+    for _ in range(2):
+        with driver_of(Nic(open_port(f"stream:path={wire}"), mac=OTHER)) as right:
+            async with trio.open_nursery() as running:
+                running.start_soon(right.nic.run)
+                right.start()
+                with trio.fail_after(10):
+                    await left.interrupted(CONFIG_VECTOR)
+                    assert left.link_up
+                    for n in range(50):
+                        left.send(frame(bytes([n]) * 1000, OTHER))
+                        assert await right.receive() == frame(bytes([n]) * 1000, OTHER)
+                        right.send(frame(bytes([n]) * 60))
+                        assert await left.receive() == frame(bytes([n]) * 60)
+                running.cancel_scope.cancel()
+        with trio.fail_after(10):
+            await left.interrupted(CONFIG_VECTOR)
+        assert not left.link_up
+
+
+async def test_what_a_card_sends_is_in_the_file_and_what_is_in_a_file_comes(
+    tmp_path: Path, make_driver: Callable[..., Driver]
+) -> None:
+    file = quote(str(tmp_path / "frames.pcap"))
+    sent = [frame(bytes([n]) * 100) for n in range(100)]
+    with driver_of(Nic(open_port(f"pcap:write={file}"))) as driver:
+        driver.start()
+        for each in sent:
+            driver.send(each)
+            driver.settle()
+            driver.tx.used()
+    driver = make_driver(open_port(f"pcap:read={file},speed=max"))
+    received: list[bytes] = []
+    async with trio.open_nursery() as running:
+        running.start_soon(driver.nic.run)
+        driver.start()
+        with trio.fail_after(10):
+            while len(received) < len(sent):
+                driver.rx.set_used_event(driver.rx.used_seen)
+                if not (new := driver.received()):
+                    await driver.interrupted(RX_QUEUE)
+                received += new
+        running.cancel_scope.cancel()
+    assert received == sent
