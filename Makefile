@@ -15,8 +15,8 @@ export TRIONIC_CACHE ?= $(CURDIR)/.cache
 SOURCES := $(shell find device firmware server client \( -name '*.pyx' -o -name '*.pxd' -o -name '*.h' \))
 
 # What the tests use of the host: lspci as a second reader of config space, passt as a real peer of the stream port,
-# mmdebstrap to make the guests' root, headers to build the real libvfio-user.
-TEST_PACKAGES := pciutils passt mmdebstrap libjson-c-dev
+# headers to build the real libvfio-user.
+TEST_PACKAGES := pciutils passt libjson-c-dev
 
 .PHONY: build demo test guest check bench clean host-packages
 
@@ -63,5 +63,6 @@ $(VENV)/.deps: pyproject.toml
 
 $(VENV)/.built: $(VENV)/.deps $(SOURCES)
 	@echo "building the Cython extensions"
-	@flock $(VENV)/.build-lock $(PY) -m pip install -q --disable-pip-version-check --no-build-isolation --config-settings editable_mode=compat -e .
+	@flock $(VENV)/.build-lock $(PY) -m pip install -q --disable-pip-version-check --no-build-isolation \
+	    --config-settings editable_mode=compat -e . >$(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
 	@touch $@
