@@ -1,6 +1,7 @@
 import math
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
@@ -196,3 +197,11 @@ def test_the_help_names_every_kind_and_key_in_a_line_each() -> None:
             assert any(line.startswith(f"    {option.name}={option.type.placeholder}  ") for line in lines)
     assert any(line.endswith("(default: no)") for line in lines)
     assert any(line.endswith("(required)") for line in lines)
+
+
+def test_the_documentation_has_every_kind_and_key() -> None:
+    text = (Path(__file__).parents[3] / "docs/ports.md").read_text(encoding="utf-8")
+    for name, kind in KINDS.items():
+        assert f"`{name}" in text
+        section = text.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        assert [f"| `{option.name}` |" in section for option in kind.options] == [True] * len(kind.options)
