@@ -74,6 +74,7 @@ class CaptureWriter:
             if self._regular:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._fd, self._end)
+                    os.lseek(self._fd, self._end, os.SEEK_SET)
             raise
         self._end += written
 

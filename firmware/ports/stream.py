@@ -38,6 +38,7 @@ class StreamPort(Port):
         self._interval = reconnect
         self._next_attempt = -math.inf
         self._peer: socket.socket | None = None
+        self._had_peer = False
         self._lost = trio.Event()
         self._complaint: str | None = None
         self._listener: Listening | None = None
@@ -73,6 +74,7 @@ class StreamPort(Port):
 
     def _use(self, peer: socket.socket) -> None:
         self._peer = peer
+        self._had_peer = True
         self._complaint = None
         self._lost = trio.Event()
         self.fd = peer.fileno()
@@ -82,14 +84,13 @@ class StreamPort(Port):
         """Find a peer whenever there is none; ends with the only one where `reconnect` is None."""
         while True:
             if self._peer is None:
+                if self._interval is None and self._had_peer:
+                    log.warning("port %s: the peer has gone, and reconnect=no", self.spec)
+                    return
                 await (self._await_peer() if self._listener else self._seek_peer())
                 log.info("port %s: connected", self.spec)
                 self.on_change()
             await self._lost.wait()
-            if self._interval is None:
-                log.warning("port %s: the peer has gone, and reconnect=no", self.spec)
-                return
-            log.info("port %s: the peer has gone", self.spec)
 
     async def _seek_peer(self) -> None:
         assert self._interval is not None
