@@ -56,7 +56,7 @@ cdef enum:
     HEADER = 12                     # struct virtio_net_hdr_v1
     ETHERNET = 14
     NEEDS_CSUM = 1                  # header flags
-    # A doorbell by message costs the guest a round trip, so after bulk traffic the worker looks into the rings
+    # A doorbell by message costs the guest a round trip, so after bulk traffic the worker looks into rings
     # a few more times by the clock before it asks for doorbells. What is smaller, requests and their answers,
     # is never made to wait for the clock.
     BULK_BYTES = 4096

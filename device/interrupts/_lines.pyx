@@ -50,7 +50,7 @@ cdef class Lines:
         free(self._pending)
 
     cdef void _signal(self, int fd) noexcept nogil:
-        """Add one to the eventfd, unless its counter is full: then the peer has a wake-up that it has not read.
+        """Add one to the eventfd, unless its counter is full: then the peer has a wake-up it has not read.
 
         The file is the peer's as well and may be in blocking mode, so room is asked for first.
         """
