@@ -11,7 +11,7 @@ import click
 from trionic._rooms import version
 from trionic.errors import TrionicError
 
-__all__ = ["Refusal", "main"]
+__all__ = ["INTERRUPTED", "Refusal", "main"]
 
 # name -> its line in --help; the module of that name in this package holds the command, by that name again.
 # The lines stand here so that --help imports no command.
@@ -21,6 +21,10 @@ _COMMANDS: Final = {
     "demo": "Drive a card through everything it does, and time it.",
     "guest": "Boot a Linux guest with a card as its only network.",
 }
+
+
+INTERRUPTED: Final = 130
+"""Exit status after Ctrl-C, as shells give it (128 + SIGINT)."""
 
 
 class Refusal(click.ClickException):
@@ -53,6 +57,8 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except TrionicError as error:
             raise Refusal(str(error)) from error
+        except KeyboardInterrupt:
+            ctx.exit(INTERRUPTED)
 
 
 def _tell_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:

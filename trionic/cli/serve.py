@@ -44,7 +44,7 @@ class _Parsed(click.ParamType[Any]):
         try:
             return self._parse(int(value) if self._number and value.isdecimal() else value)
         except ConfigError as error:
-            raise ConfigError(f"{param.opts[0] if param else self.name}: {error}") from None
+            raise ConfigError(f"{param.opts[-1] if param else self.name}: {error}") from None
 
 
 @click.command(short_help="Serve cards.")

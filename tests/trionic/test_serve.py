@@ -1,0 +1,202 @@
+import ctypes
+import json
+import os
+import shlex
+import signal
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+import client
+from client.virtio import open_net
+from tests.trionic.command import refusal, run, serving, start
+from trionic.config import derive_mac
+
+PR_CAPBSET_DROP, CAP_NET_ADMIN = 24, 12  # linux/prctl.h, linux/capability.h
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "card.sock"
+
+
+def without_net_admin() -> None:
+    """Take from the process to be what it takes to make a TAP, root or not."""
+    if os.geteuid() == 0:
+        assert ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_NET_ADMIN, 0, 0, 0) == 0
+
+
+# --- serving
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_cleanly(path: Path, number: int) -> None:
+    with serving("--socket", path) as served:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        status, errors = served.end(number)
+    assert (status, errors) == (0, "")
+    assert not path.exists()
+
+
+def test_a_signal_ends_it_cleanly_with_a_client_connected(path: Path) -> None:
+    with serving("--socket", path, "--log-level", "warning") as served, socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(os.fspath(path))
+        assert served.end(signal.SIGTERM) == (0, "")
+    assert not path.exists()
+
+
+def test_a_signal_ends_it_cleanly_while_it_still_loads(path: Path) -> None:
+    with start("serve", "--socket", path) as process:
+        while not path.is_socket():
+            assert process.poll() is None
+        process.terminate()
+        _, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")
+    assert not path.exists()
+
+
+def test_the_qemu_line_names_socket_and_shared_memory(path: Path) -> None:
+    with serving("--socket", path) as served:
+        about, line = served.said
+    assert about.startswith(f"{path}: loopback, {derive_mac(path).hex(':')};")
+    words = shlex.split(line)
+    device = json.loads(words[words.index("-device") + 1])
+    assert device == {"driver": "vfio-user-pci", "socket": {"path": str(path), "type": "unix"}}
+    assert "memory-backend-memfd,id=ram,size=1G,share=on" in words
+    assert "q35,memory-backend=ram" in words
+
+
+def test_a_stale_socket_is_replaced(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(os.fspath(path))
+    with serving("--socket", path) as served:
+        assert served.end(signal.SIGTERM)[0] == 0
+
+
+async def test_a_card_is_as_the_options_say(path: Path) -> None:
+    options = ("--mac", "02:00:00:00:00:07", "--mtu", "9000", "--bar2-size", "64K", "--poll", "10")
+    with serving("--socket", path, *options):
+        async with client.connect(path) as session, open_net(session) as nic:
+            assert nic.mac == bytes.fromhex("020000000007")
+            assert nic.mtu == 9000
+            assert session.regions[2].size == 64 << 10
+
+
+async def test_many_cards_from_options(tmp_path: Path) -> None:
+    a, b = tmp_path / "a.sock", tmp_path / "b.sock"
+    macs = ("--mac", "02:00:00:00:00:0a", "--mac", "02:00:00:00:00:0b")
+    with serving("-s", a, "-s", b, "-p", "loopback", "-p", f"pcap:write={tmp_path}/b.pcap", *macs) as served:
+        assert len(served.said) == 4
+        for path, last in ((a, 0x0A), (b, 0x0B)):
+            async with client.connect(path) as session, open_net(session) as nic:
+                assert nic.mac is not None
+                assert nic.mac[-1] == last
+        assert served.end(signal.SIGTERM)[0] == 0
+    assert not a.exists()
+    assert not b.exists()
+
+
+async def test_many_cards_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "cards.toml"
+    paths = [tmp_path / f"{number}.sock" for number in range(3)]
+    file.write_text("".join(f'[[card]]\nsocket = "{path}"\nmtu = 2000\n' for path in paths))
+    with serving("--config", file):
+        for path in paths:
+            async with client.connect(path) as session, open_net(session) as nic:
+                assert nic.mtu == 2000
+                assert nic.mac == derive_mac(path)
+
+
+# --- refusals: one line, what to do, status 2, no traceback
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    said = refusal("serve", "--socket", tmp_path / "no" / "card.sock")
+    assert (
+        said
+        == f"{tmp_path}/no/card.sock: the folder {tmp_path}/no does not exist; make it or choose another path"
+    )
+
+
+def test_a_busy_socket(path: Path) -> None:
+    with serving("--socket", path):
+        assert "another process listens here; stop it" in refusal("serve", "--socket", path)
+        assert path.is_socket()
+
+
+def test_a_file_in_the_way(path: Path) -> None:
+    path.touch()
+    assert "exists and is not a socket; remove it" in refusal("serve", "--socket", path)
+
+
+def test_a_path_too_long(tmp_path: Path) -> None:
+    assert "at most 107 bytes" in refusal("serve", "--socket", tmp_path / ("x" * 200))
+
+
+def test_a_tap_without_permission(path: Path) -> None:
+    said = refusal("serve", "--socket", path, "--port", "tap:name=trionic0", setup=without_net_admin)
+    assert "trionic0" in said
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("spec", "word"),
+    [("warp:x=1", "warp"), ("tap:", "tap"), ("tap:name=x,colour=red", "colour"), ("stream:", "stream")],
+)
+def test_a_port_that_does_not_exist(path: Path, spec: str, word: str) -> None:
+    assert word in refusal("serve", "--socket", path, "--port", spec)
+    assert not path.exists()
+
+
+def test_a_malformed_file(tmp_path: Path) -> None:
+    file = tmp_path / "cards.toml"
+    file.write_text("[[card]\n")
+    assert refusal("serve", "--config", file).startswith(f"{file}: not TOML: ")
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    file = tmp_path / "cards.toml"
+    assert (
+        refusal("serve", "--config", file)
+        == f"{file}: No such file or directory; give the path of a TOML file"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), "no card to serve; give --socket PATH, or --config FILE with [[card]] tables"),
+        (("-s", "a", "-s", "a"), "--socket: cards 1 and 2 have the same socket a; give each its own"),
+        (
+            ("-s", "a", "-s", "b", "-p", "loopback"),
+            "--port: 1 given for 2 --socket; give one for each, or none at all",
+        ),
+        (
+            ("-s", "a", "-m", "02:00:00:00:00:01", "-m", "02:00:00:00:00:02"),
+            "--mac: 2 given for 1 --socket; give one for each, or none at all",
+        ),
+        (("-s", "a", "-m", "x"), "--mac: 'x' is no MAC address; write six bytes like 02:00:00:00:00:01"),
+        (("-s", "a", "--mtu", "x"), "--mtu: 'x' is no MTU; choose a whole number from 68 to 65535"),
+        (("-s", "a", "--mtu", "67"), "--mtu: 67 is no MTU; choose a whole number from 68 to 65535"),
+        (
+            ("-s", "a", "--bar2-size", "5M"),
+            "--bar2-size: '5M' is no BAR size; choose a power of two from 4K to 64G, such as 16M",
+        ),
+        (
+            ("-s", "a", "--poll", "-1"),
+            "--poll: '-1' is no time to poll in microseconds; choose a whole number from 0 to 10000",
+        ),
+        (("-s", "a", "-c", "b"), "--config says which cards there are; leave out the other card options"),
+    ],
+)
+def test_options_that_make_no_sense(options: tuple[str, ...], expected: str) -> None:
+    assert refusal("serve", *options) == expected
+
+
+def test_help_teaches_by_example() -> None:
+    done = run("serve", "--help")
+    assert done.returncode == 0
+    for word in ("Examples:", "tap:name=tap0", "[[card]]", "READY=1", "--poll"):
+        assert word in done.stdout
