@@ -69,15 +69,12 @@ def test_ctrl_c_ends_it_cleanly_with_its_server() -> None:
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
-def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def _servers(pid: int) -> list[int]:
     """Children that serve, beside those that trio starts while it is imported."""
     found = []
-    for child in _children(pid):
+    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(FileNotFoundError):
-            if b"serve" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(child)
+            for child in listing.read_text().split():
+                if b"serve" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.append(int(child))
     return found
