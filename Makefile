@@ -14,9 +14,9 @@ export TRIONIC_CACHE ?= $(CURDIR)/.cache
 
 SOURCES := $(shell find device firmware server client \( -name '*.pyx' -o -name '*.pxd' -o -name '*.h' \))
 
-# What the tests use of the host: lspci as a second reader of config space, passt as a real peer of the stream port,
+# What the tests use of the host: lspci as a second reader of config space, passt as a real peer of the stream port, tcpdump of captures,
 # headers to build the real libvfio-user.
-TEST_PACKAGES := pciutils passt libjson-c-dev
+TEST_PACKAGES := pciutils passt tcpdump libjson-c-dev
 
 .PHONY: build demo test guest check bench clean host-packages
 

@@ -12,6 +12,11 @@ from typing import NoReturn
 
 import pytest
 import trio
+from hypothesis import HealthCheck, settings
+
+# A property does not fail because the machine is busy.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 def cannot(reason: str) -> NoReturn:

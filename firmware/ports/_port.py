@@ -63,9 +63,6 @@ class Port:
         Any combination is taken, the impossible ones too; raises nothing.
         """
 
-    def set_carrier(self, up: bool) -> None:
-        """Whether the far side shall see a card at the cable's end; ports that cannot show it ignore it."""
-
     def peer_lost(self) -> None:
         """The data path met the end of `fd`, an error or nonsense: the cable is out until `run` mends it.
 

@@ -28,7 +28,6 @@ TUNSETOFFLOAD = 0x400454D0
 TUNGETIFF = 0x800454D2
 TUNSETVNETHDRSZ = 0x400454D8
 TUNSETVNETLE = 0x400454DC
-TUNSETCARRIER = 0x400454E2
 IFF_TAP, IFF_MULTI_QUEUE, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x0100, 0x1000, 0x4000
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN = 1, 2, 4, 8
 
@@ -158,10 +157,6 @@ class TapPort(Port):
             if accepted & Offload.ECN and flags != TUN_F_CSUM:
                 flags |= TUN_F_TSO_ECN
         self._tell(TUNSETOFFLOAD, flags)
-
-    def set_carrier(self, up: bool) -> None:
-        """Let the host see the cable: without a carrier its device says NO-CARRIER."""
-        self._tell(TUNSETCARRIER, struct.pack("i", up))
 
     def _tell(self, request: int, argument: int | bytes) -> None:
         if self.fd < 0:

@@ -156,6 +156,10 @@ def write_initramfs(out: BinaryIO, tree: Path, own_files: Path, program: Program
         (stage / "etc/group").write_text("root::0:\n", encoding="utf-8")
         (stage / "etc/motd").write_bytes((own_files / "motd").read_bytes())
         (stage / "usr/lib/trionic.sh").write_bytes((own_files / "trionic.sh").read_bytes())
+        dhcp = stage / "etc/udhcpc/default.script"
+        dhcp.parent.mkdir()
+        dhcp.write_bytes((own_files / "udhcpc.script").read_bytes())
+        dhcp.chmod(0o755)
         init = stage / "init"
         init.write_bytes((own_files / "init").read_bytes())
         init.chmod(0o755)

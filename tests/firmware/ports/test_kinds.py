@@ -60,6 +60,5 @@ async def test_a_loopback_has_no_descriptor_and_is_always_up(nursery: trio.Nurse
     assert (port.kind, port.framing, port.fd, port.link_up) == ("loopback", Framing.LOOPBACK, -1, True)
     assert (port.offloads, port.vnet_header_size, port.mtu) == (Offload(0), 0, None)
     port.set_offloads(Offload.CSUM)
-    port.set_carrier(False)
     port.close()
     port.close()

@@ -100,7 +100,6 @@ def test_it_carries_frames_behind_their_length_and_no_virtio_header(world: World
     assert (port.kind, port.framing, port.vnet_header_size) == ("stream", Framing.STREAM, 0)
     assert (port.offloads, port.mtu) == (Offload(0), None)
     port.set_offloads(Offload.CSUM | Offload.TSO4)
-    port.set_carrier(True)
 
 
 async def test_a_peer_that_comes_later_is_found(

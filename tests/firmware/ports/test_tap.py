@@ -467,15 +467,6 @@ async def test_other_changes_are_none_of_the_link(
 
 
 @root
-async def test_the_host_sees_whether_there_is_a_card(network: Network, tap: Opener) -> None:
-    port = tap("name=tap0")
-    for up in (False, True):
-        port.set_carrier(up)
-        assert link(network, "tap0")["carrier"] is up
-        assert port.link_up
-
-
-@root
 async def test_a_renamed_device_is_followed_still(
     network: Network, tap: Opener, nursery: trio.Nursery
 ) -> None:
