@@ -10,6 +10,8 @@ A file holds any number of cards::
     mac = "02:00:00:00:00:01"       # optional, made from the socket path if absent
     mtu = 1500                      # optional, that of the port or 1500 if absent
     bar2_size = "16M"               # optional
+    offloads = false                # optional: checksums and segmentation stay with the guest
+    msix = false                    # optional: interrupts by INTx, so that QEMU can unplug the card
 
 Every error names the file, the card and the key, and says what is allowed. Unknown keys are refused: a
 setting that is silently ignored is worse than one that is refused. Relative paths start where the command
@@ -76,6 +78,10 @@ class CardConfig:
     """Bytes; None: the port's own, or 1500."""
     bar2_size: int = DEFAULT_BAR2_SIZE
     """Bytes of on-card memory."""
+    offloads: bool = True
+    """Whether the guest may leave checksums and segmentation to the card."""
+    msix: bool = True
+    """Whether the card has MSI-X; QEMU 11.1 aborts when it unplugs one that has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +202,12 @@ def _allowed(key: str, keys: Mapping[str, object]) -> str:
     return f"did you mean {close[0]}?" if close else f"allowed are {', '.join(names)}"
 
 
+def _switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{value!r} is neither true nor false")
+    return value
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
         raise ConfigError(f"{value!r} is no text; write it in quotes")
@@ -219,4 +231,6 @@ _CARD_KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "mac": parse_mac,
     "mtu": parse_mtu,
     "bar2_size": parse_bar2_size,
+    "offloads": _switch,
+    "msix": _switch,
 }

@@ -84,6 +84,8 @@ def open_cards(cards: Sequence[CardConfig], poll_us: int = 0) -> Iterator[Sequen
                 mac=card.mac or derive_mac(card.socket),
                 mtu=card.mtu,
                 bar2_size=card.bar2_size,
+                offloads=card.offloads,
+                msix=card.msix,
                 busy_poll_us=poll_us,
             )
             undo.pop_all()  # from now on the card closes its port

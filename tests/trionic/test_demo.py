@@ -73,7 +73,7 @@ def _servers(pid: int) -> list[int]:
     """Children that serve, beside those that trio starts while it is imported."""
     found = []
     for listing in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             for child in listing.read_text().split():
                 if b"serve" in Path(f"/proc/{child}/cmdline").read_bytes():
                     found.append(int(child))

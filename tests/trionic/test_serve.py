@@ -11,6 +11,7 @@ import pytest
 
 import client
 from client.virtio import open_net
+from client.virtio.features import Feature
 from tests.trionic.command import refusal, run, serving, start
 from trionic.config import derive_mac
 
@@ -82,6 +83,13 @@ async def test_a_card_is_as_the_options_say(path: Path) -> None:
             assert nic.mac == bytes.fromhex("020000000007")
             assert nic.mtu == 9000
             assert session.regions[2].size == 64 << 10
+
+
+async def test_a_card_can_do_without_msix_and_offloads(path: Path) -> None:
+    with serving("--socket", path, "--no-msix", "--no-offloads"):
+        async with client.connect(path) as session, open_net(session) as nic:
+            assert [session.irqs[index].count for index in (0, 2)] == [1, 0]
+            assert not await nic._transport.offered_features() & Feature.CSUM
 
 
 async def test_many_cards_from_options(tmp_path: Path) -> None:
@@ -188,6 +196,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
             ("-s", "a", "--poll", "-1"),
             "--poll: '-1' is no time to poll in microseconds; choose a whole number from 0 to 10000",
         ),
+        (("-c", "b", "--no-msix"), "--config says which cards there are; leave out the other card options"),
         (("-s", "a", "-c", "b"), "--config says which cards there are; leave out the other card options"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,16 @@ class _Parsed(click.ParamType[Any]):
     help="On-card memory: a power of two such as 16M.  [default: 16M]",
 )
 @click.option(
+    "--no-offloads",
+    is_flag=True,
+    help="Leave checksums and segmentation to the guest.",
+)
+@click.option(
+    "--no-msix",
+    is_flag=True,
+    help="Interrupts by INTx only. QEMU 11.1 aborts when it unplugs a card that has MSI-X.",
+)
+@click.option(
     *("--poll", "poll_us"),
     type=_Parsed("US", parse_poll_us, number=True),
     help="Microseconds to spin for the next message before sleeping: less latency, more heat.  [default: 0]",
@@ -100,6 +111,8 @@ def serve(
     macs: tuple[bytes, ...],
     mtu: int | None,
     bar2_size: int,
+    no_offloads: bool,
+    no_msix: bool,
     poll_us: int | None,
     config: Path | None,
     log_level: str,
@@ -131,8 +144,11 @@ def serve(
       mac = "02:00:00:00:00:01"
       mtu = 1500
       bar2_size = "16M"
+      offloads = true
+      msix = true
     """
-    settings = _settings(sockets, ports, macs, mtu, bar2_size, poll_us, config)
+    every = CardConfig(Path(), mtu=mtu, bar2_size=bar2_size, offloads=not no_offloads, msix=not no_msix)
+    settings = _settings(sockets, ports, macs, every, poll_us, config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as opened:
         try:
@@ -159,13 +175,13 @@ def _settings(
     sockets: tuple[Path, ...],
     ports: tuple[str, ...],
     macs: tuple[bytes, ...],
-    mtu: int | None,
-    bar2_size: int,
+    every: CardConfig,
     poll_us: int | None,
     config: Path | None,
 ) -> ServeConfig:
+    """The cards of the command line, each like ``every``, or those of the file."""
     if config is not None:
-        if sockets or ports or macs or mtu is not None or bar2_size != DEFAULT_BAR2_SIZE:
+        if sockets or ports or macs or every != CardConfig(Path()):
             raise ConfigError("--config says which cards there are; leave out the other card options")
         settings = load_config(config)
         return settings if poll_us is None else ServeConfig(settings.cards, poll_us)
@@ -174,10 +190,9 @@ def _settings(
     _need_one_each("--port", ports, sockets)
     _need_one_each("--mac", macs, sockets)
     cards = tuple(
-        CardConfig(
+        replace(
+            every,
             socket=socket,
-            mtu=mtu,
-            bar2_size=bar2_size,
             port=ports[number] if ports else DEFAULT_PORT,
             mac=macs[number] if macs else None,
         )
