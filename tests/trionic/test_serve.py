@@ -90,7 +90,10 @@ async def test_a_card_is_as_the_options_say(path: Path) -> None:
 
 async def test_a_card_can_do_without_msix_and_offloads(path: Path) -> None:
     with serving("--socket", path, "--no-msix", "--no-offloads"):
-        async with client.connect(path) as session, open_net(session, wiring=Wiring.INTX, features=ALL) as nic:
+        async with (
+            client.connect(path) as session,
+            open_net(session, wiring=Wiring.INTX, features=ALL) as nic,
+        ):
             assert [session.irqs[index].count for index in (0, 2)] == [1, 0]
             assert not nic.features & OFFLOADS
 
