@@ -29,5 +29,8 @@ class SessionLimits:
     without reading gets here: the replies to one fit into the socket's buffer.
     """
 
+    tellings: int = 20
+    """Log entries of refused requests: a client must not fill a disk with them."""
+
     messages_per_turn: int = 64
     """Messages answered before other cards in the same thread get their turn."""

@@ -75,6 +75,7 @@ class Session:
         )
         self._patience = trio.CancelScope(deadline=trio.current_time() + self._limits.version_deadline)
         self._negotiated = False
+        self._tellings_left = self._limits.tellings
 
     async def run(self) -> None:
         """Serve until the client leaves or is dropped; raises nothing because of what a client does."""
@@ -157,7 +158,7 @@ class Session:
             case Request():
                 return self._handle(event)
             case Refused():
-                log.warning("%s: %s", self._function.name, event.reason)
+                self._tell("%s: %s", self._function.name, event.reason)
                 return self._engine.error(event, event.errno), ()
             case Negotiated():
                 self._negotiated = True
@@ -179,8 +180,16 @@ class Session:
         if isinstance(error, DeviceError):
             log.debug("%s: %s refused: %s", self._function.name, command_name(command), error)
             return error.errno or errno.EIO
-        log.error("%s: %s failed", self._function.name, command_name(command), exc_info=error)
+        self._tell("%s: %s failed", self._function.name, command_name(command), error=error)
         return errno.EIO
+
+    def _tell(self, text: str, *args: object, error: Exception | None = None) -> None:
+        """Log what a client can bring about as often as it likes, up to a limit."""
+        if self._tellings_left > 0:
+            self._tellings_left -= 1
+            log.warning(text, *args, exc_info=error)
+            if self._tellings_left == 0:
+                log.warning("%s: no more of this client is told", self._function.name)
 
     async def _send(self, message: bytes, fds: Sequence[int]) -> None:
         """Send the whole message; the descriptors go with its first byte."""

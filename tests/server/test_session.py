@@ -226,6 +226,19 @@ async def test_a_mistake_in_the_cards_code_costs_one_request(
     await client.read(0, 0, 4)
 
 
+async def test_a_client_cannot_fill_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with world(tmp_path, limits=SessionLimits(tellings=3)) as served:
+        served.card.registers.broken = True
+        client = await served.client()
+        caplog.clear()
+        for _ in range(10):
+            await client.refused(99)
+            await client.refused(REGION_READ, access(0, 0, 4))
+        warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 3 + 1
+    assert warnings[-1].getMessage() == "card: no more of this client is told"
+
+
 # --- descriptors
 
 
