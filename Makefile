@@ -3,7 +3,7 @@
 #   make demo     serve the card, exercise it with the client, say what happened (no root, no KVM, no QEMU)
 #   make test     every test; guests run in real QEMU, made once and kept in $(TRIONIC_CACHE)
 #   make guest    an interactive Linux guest in QEMU with the card as its only NIC
-#   make check    formatting of imports, lint, types
+#   make check    format, lint, types
 #   make bench    the benchmarks, each a ratio against a peer
 #   make clean    remove what was built (the cache stays; remove .cache by hand)
 
@@ -33,6 +33,7 @@ guest: build host-packages
 	@$(PY) -m trionic guest
 
 check: build
+	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
 

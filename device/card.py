@@ -8,8 +8,8 @@ BAR 0, 32 KiB, registers                    BAR 2, on-card memory         BAR 4,
     0x6000  MSI-X table
     0x7000  MSI-X pending bits
 
-Virtio structures lie in BARs 0, 2 and 4 only and all three BARs exist, because the kernel's drivers/vdpa/ifcvf
-asks for that.
+Virtio structures lie in BARs 0, 2 and 4 only and all three BARs exist: the kernel's drivers/vdpa/ifcvf asks
+for that.
 """
 
 from __future__ import annotations

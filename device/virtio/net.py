@@ -1,4 +1,4 @@
-"""What a virtio network device shows its driver (virtio 1.3, 5.1): configuration, queues, control commands."""
+"""What a virtio network device shows its driver (virtio 1.3, 5.1): configuration, queues, commands."""
 
 import struct
 from dataclasses import dataclass

@@ -2,8 +2,8 @@
 
 Common configuration, doorbells, ISR and device configuration. The registers are declared once below; what a
 register does stands in a `_get_` or `_set_` method of its name. Accesses of the declared width are dispatched
-directly; any other width is put together from the declared ones, so no access that stays inside the structure can
-fail.
+directly; any other width is put together from the declared ones, so no access that stays inside the structure
+can fail.
 """
 
 from __future__ import annotations

@@ -16,15 +16,15 @@ from device.virtio.transport import NOTIFY_STRIDE, Status
 from firmware import Nic
 from tests.device.driver_side import DriverRing, GuestMemory
 
-MSIX = 2                        # linux/vfio.h: VFIO_PCI_MSIX_IRQ_INDEX
-VECTORS = 4                     # one for each queue, by its number, and one for configuration changes
+MSIX = 2  # linux/vfio.h: VFIO_PCI_MSIX_IRQ_INDEX
+VECTORS = 4  # one for each queue, by its number, and one for configuration changes
 CONFIG_VECTOR = 3
 CONFIG_REGION = 7
-MEMORY_AND_BUS_MASTER = 6       # COMMAND register
+MEMORY_AND_BUS_MASTER = 6  # COMMAND register
 
 HEADER = 12
 NO_HEADER = bytes(HEADER)
-BUFFER = 2048                   # bytes of a receive buffer
+BUFFER = 2048  # bytes of a receive buffer
 ALL = ~Feature(0)
 
 
@@ -148,7 +148,7 @@ class Driver:
     async def receive(self) -> bytes:
         """The next frame, from a card that runs; any that come with it are lost."""
         while True:
-            self.rx.set_used_event(self.rx.used_seen)       # an interrupt for the next one, please
+            self.rx.set_used_event(self.rx.used_seen)  # an interrupt for the next one, please
             if frames := self.received():
                 return frames[0]
             await self.interrupted(RX_QUEUE)

@@ -242,7 +242,7 @@ def test_with_event_index_the_driver_names_the_answer_it_waits_for() -> None:
         control.ring.set_used_event(2)
         control.post(command(RX, 0, b"\1"))
         wanted.append(control.control.service())
-    assert wanted == [True, False, True, False]     # the first one always, for there was none before it
+    assert wanted == [True, False, True, False]  # the first one always, for there was none before it
     assert control.ring.avail_event == 4
     control.memory.close()
 

@@ -521,7 +521,7 @@ async def test_a_card_runs_until_it_is_cancelled_and_may_run_again(cable: Cable,
             assert cable.network.recv(2000) == frame(bytes([n]))
             nursery.cancel_scope.cancel()
         assert not cable.running
-    assert threading.active_count() <= threads + 1      # trio keeps one for the next one
+    assert threading.active_count() <= threads + 1  # trio keeps one for the next one
 
 
 async def test_a_card_cancelled_before_it_began_may_run_still(cable: Cable, driver: Driver) -> None:
@@ -538,7 +538,7 @@ async def test_a_card_cancelled_before_it_began_may_run_still(cable: Cable, driv
 
 
 def open_descriptors() -> int:
-    gc.collect()        # the worker's two go with the object
+    gc.collect()  # the worker's two go with the object
     return len(list(Path("/proc/self/fd").iterdir()))
 
 

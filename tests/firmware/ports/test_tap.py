@@ -26,7 +26,7 @@ from tests.guest import Network
 root = pytest.mark.root
 
 GUEST = bytes.fromhex("525400000001")
-HEADER = struct.Struct("<BBHHHHH")      # struct virtio_net_hdr_v1
+HEADER = struct.Struct("<BBHHHHH")  # struct virtio_net_hdr_v1
 NEEDS_CSUM, GSO_NONE, GSO_TCPV4 = 1, 0, 1
 
 TUNSETPERSIST, TUNSETOWNER = 0x400454CB, 0x400454CC

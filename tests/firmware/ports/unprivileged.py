@@ -11,7 +11,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-_VERSION_3 = 0x20080522         # linux/capability.h
+_VERSION_3 = 0x20080522  # linux/capability.h
 
 
 def without_capabilities(action: Callable[[], T]) -> T:
