@@ -255,7 +255,7 @@ async def test_descriptors_that_nobody_wants_are_closed(served: World, client: R
     ]:
         await client.ask(command, payload, [fd])
     os.close(fd)
-    assert open_fds() == before
+    assert open_fds() <= before
 
 
 async def test_more_descriptors_than_were_agreed_on_are_refused_and_closed(
@@ -267,7 +267,7 @@ async def test_more_descriptors_than_were_agreed_on_are_refused_and_closed(
         payload = irqs(EVENTFD | TRIGGER, MSIX, 0, count)
         assert await client.refused(SET_IRQS, payload, [fd] * count) == errno.EINVAL
     os.close(fd)
-    assert open_fds() == before
+    assert open_fds() <= before
 
 
 async def test_descriptors_of_half_a_message_are_closed_when_the_client_leaves(served: World) -> None:
