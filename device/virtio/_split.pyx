@@ -158,7 +158,8 @@ cdef class VirtQueue:
 
     cdef int _walk(self, Chain *chain, uint16_t head) noexcept nogil:
         cdef Descriptor d
-        cdef uint64_t table = 0             # address of the indirect table, once in it
+        cdef bint indirect = False
+        cdef uint64_t table = 0             # address of the indirect table, once in it; any may be, zero too
         cdef uint32_t limit = self.size     # entries in the table walked
         cdef uint32_t index = head
         cdef uint32_t steps = 0
@@ -171,16 +172,17 @@ cdef class VirtQueue:
             if steps >= limit:
                 return 3
             steps += 1
-            if table:
+            if indirect:
                 if self.dma.copy_in(&d, table + 16 * index, 16) != FAULT_NONE:
                     return 7
             else:
                 memcpy(&d, self._descriptors + 16 * index, 16)
             if d.flags & DESC_F_INDIRECT:
-                if table or not self.indirect or d.flags & DESC_F_NEXT:
+                if indirect or not self.indirect or d.flags & DESC_F_NEXT:
                     return 5
                 if d.length == 0 or d.length & 15 or d.length // 16 > MAX_SEGMENTS:
                     return 6
+                indirect = True
                 table, limit, index, steps = d.address, d.length // 16, 0, 0
                 continue
             if d.length:

@@ -1,5 +1,6 @@
 import errno
 import random
+import struct
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -75,6 +76,21 @@ def test_an_indirect_table_is_followed(world: World) -> None:
     chain = world.queue.pop()
     assert chain is not None
     assert (chain.read(), len(chain.writable)) == (b"ab", 1)
+
+
+def test_an_indirect_table_may_lie_at_address_zero_and_has_its_own_end() -> None:
+    dma = DmaWindows()
+    with guest_memory(dma, iova=0) as memory:
+        assert memory.allocate(16 * 32) == 0
+        world = World(memory, dma)
+        world.ring.add([world.buffer(b"direct")])
+        address, length, _ = world.buffer(b"indirect")
+        memory.write(0, struct.pack("<QIHH", address, length, NEXT, 31))
+        memory.write(16 * 31, struct.pack("<QIHH", address, length, 0, 0))
+        world.ring.set_descriptor(5, 0, 16 * 32, INDIRECT)
+        world.ring.make_available(5)
+        chains = [world.queue.pop(), world.queue.pop()]
+        assert [chain and chain.read() for chain in chains] == [b"direct", b"indirectindirect"]
 
 
 def test_indices_wrap_at_the_ring_and_at_sixteen_bits(world: World) -> None:
