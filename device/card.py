@@ -66,7 +66,7 @@ class NetworkCard:
     ) -> None:
         dma = DmaWindows()
         bar0 = Bar(0, BAR0_SIZE)
-        self.memory = MemoryBar(2, bar2_size)
+        self.memory = MemoryBar(2, bar2_size, sealed=True)
         self.function = PciFunction(
             name,
             IFC_VF,

@@ -11,6 +11,9 @@ from device.errors import DeviceError
 from device.pci.bars import BarKind, check_bar
 
 
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
 def _nothing() -> None:
     pass
 
@@ -18,9 +21,10 @@ def _nothing() -> None:
 class MemoryBar:
     """`size` bytes of memory in a memfd of their own, whole and mappable; zero at power-on.
 
-    Unless `sealed`, the memfd can still be truncated, so that its mappings can be revoked one day; sealed
-    (F_SEAL_SHRINK, F_SEAL_GROW), a client is sure that its mapping never raises SIGBUS. `size` must be whole
-    pages to be mappable: ValueError.
+    Unless `sealed`, the memfd can still be truncated, so that its mappings can be revoked one day. Whoever
+    has the fd can do that, and then the next access raises SIGBUS here as well as in the client: memory whose
+    fd is given to a client must be sealed (F_SEAL_SHRINK, F_SEAL_GROW; F_SEAL_SEAL, so that nobody can forbid
+    clearing it). `size` must be whole pages to be mappable: ValueError.
     """
 
     def __init__(
@@ -48,7 +52,7 @@ class MemoryBar:
         try:
             os.ftruncate(fd, self.size)
             if self.sealed:
-                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             return fd, mmap.mmap(fd, self.size)
         except BaseException:
             os.close(fd)

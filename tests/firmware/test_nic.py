@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import socket
 import struct
 import threading
@@ -436,6 +437,14 @@ def test_rings_outside_of_memory_need_a_reset_or_stay_silent(driver: Driver) -> 
     driver.ring_doorbell(TX_QUEUE)
     driver.settle()
     driver.nic._look_after()
+
+
+def test_a_client_that_truncates_the_cards_memory_is_refused(driver: Driver) -> None:
+    memory = driver.function.regions()[2]
+    assert memory.fd is not None
+    with pytest.raises(PermissionError):
+        os.ftruncate(memory.fd, 0)
+    assert driver.function.region_read(2, 0, 4) == bytes(4)
 
 
 def test_every_access_to_the_registers_is_answered(driver: Driver) -> None:

@@ -12,6 +12,7 @@ from device.pci.memory_bar import MemoryBar
 
 SIZE = 1 << 20
 PAGE = mmap.PAGESIZE
+F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h
 
 
 def test_region_accesses_and_mappings_see_the_same_bytes() -> None:
@@ -79,9 +80,20 @@ def test_by_default_the_memory_can_be_revoked() -> None:
 
 def test_sealed_memory_cannot_be_truncated_but_still_be_cleared() -> None:
     bar = MemoryBar(2, SIZE, sealed=True)
-    assert fcntl.fcntl(bar.fd, fcntl.F_GET_SEALS) == fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+    seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+    assert fcntl.fcntl(bar.fd, fcntl.F_GET_SEALS) == seals
     with pytest.raises(PermissionError):
         os.ftruncate(bar.fd, 0)
+    bar.write(0, b"x")
+    bar.clear()
+    assert bar.read(0, 1) == b"\0"
+    bar.close()
+
+
+def test_nobody_can_seal_sealed_memory_against_being_cleared() -> None:
+    bar = MemoryBar(2, SIZE, sealed=True)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(bar.fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
     bar.write(0, b"x")
     bar.clear()
     assert bar.read(0, 1) == b"\0"
