@@ -12,8 +12,9 @@ from typing import Final
 
 import trio
 
-from client.errors import ClientError
+from client.errors import ClientError, ServerError
 from client.session import READ_WRITE, Session
+from protocol import LocalProtocolError
 from protocol.vfio import DmaMapFlags
 
 PAGE: Final = mmap.PAGESIZE
@@ -90,20 +91,28 @@ async def dma_memory(
     """A window of memory (`size` bytes, rounded up to pages) that the device reaches until the block ends.
 
     `iova` picks the address, otherwise a free one is taken. Raises ServerError if the server refuses the
-    window.
+    window. A mapping that is cancelled before its answer is taken back like any other. The address of a
+    window that the server does not let go of stays taken for the rest of the session.
     """
     size = -(-size // PAGE) * PAGE
     start = session.iovas.take(size, at=iova)
+    mapped = False
     try:
         memory = DmaMemory(size, start)
         try:
-            await session.dma_map(start, size, flags, memory.fd)
+            mapped = True
             try:
-                yield memory
-            finally:
+                await session.dma_map(start, size, flags, memory.fd)
+            except (ServerError, LocalProtocolError):
+                mapped = False
+                raise
+            yield memory
+        finally:
+            if mapped:
                 with trio.move_on_after(UNMAP_TIMEOUT, shield=True), suppress(ClientError):
                     await session.dma_unmap(start, size)
-        finally:
+                    mapped = False
             memory.close()
     finally:
-        session.iovas.give(start, size)
+        if not mapped:
+            session.iovas.give(start, size)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from errno import EEXIST
+from errno import EBUSY, EEXIST
 
 import pytest
 import trio
@@ -110,6 +110,40 @@ async def test_a_refused_window_gives_its_address_back() -> None:
         with pytest.raises(client.ServerError, match="EEXIST"):
             await client.dma_memory(session, 4096, iova=0x5000).__aenter__()
         assert session.iovas.take(4096, at=0x5000) == 0x5000
+
+
+async def test_a_window_whose_mapping_is_cancelled_is_taken_back() -> None:
+    scope = trio.CancelScope()
+    with trio.fail_after(5):
+        async with session_with() as (session, peer), trio.open_nursery() as nursery:
+
+            async def serve() -> None:
+                message = await peer.expect(DMA_MAP)
+                os.close(message.fds[0])
+                scope.cancel()
+                await no_window(peer, 0x5000, 4096)
+
+            nursery.start_soon(serve)
+            with scope:
+                async with client.dma_memory(session, 4096, iova=0x5000):
+                    raise AssertionError("the server has not answered")
+            assert scope.cancelled_caught
+            assert session.iovas.take(4096, at=0x5000) == 0x5000
+
+
+async def test_the_address_of_a_window_that_the_server_keeps_stays_taken() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            _, _, fd = await one_window(peer)
+            os.close(fd)
+            peer.refuse(await peer.expect(DMA_UNMAP), EBUSY)
+
+        nursery.start_soon(serve)
+        async with client.dma_memory(session, 4096, iova=0x5000):
+            pass
+        with pytest.raises(client.ClientError, match="in use"):
+            session.iovas.take(4096, at=0x5000)
 
 
 async def test_two_windows_get_different_addresses() -> None:
