@@ -10,7 +10,6 @@ from contextlib import suppress
 from device.errors import DeviceError
 from device.pci.bars import BarKind, check_bar
 
-
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
