@@ -14,10 +14,13 @@ from trionic._rooms import check_rooms, version
 check_rooms()
 
 if TYPE_CHECKING:
-    from client import connect
+    from client import connect, dma_memory, intx, msi, msix
+    from client.pci import read_config
+    from client.virtio import NetDriver, Wiring, open_net
     from device.function import PciFunction
     from firmware import Nic
     from firmware.ports import PortError, open_port
+    from protocol.vfio import RegionIndex
     from server import ServerError, serve
     from trionic.config import CardConfig, ServeConfig, load_config
     from trionic.errors import ConfigError, TrionicError
@@ -28,15 +31,24 @@ if TYPE_CHECKING:
 __all__ = [
     "CardConfig",
     "ConfigError",
+    "NetDriver",
     "Nic",
     "PciFunction",
     "PortError",
+    "RegionIndex",
     "ServeConfig",
     "ServerError",
     "TrionicError",
+    "Wiring",
     "connect",
+    "dma_memory",
+    "intx",
     "load_config",
+    "msi",
+    "msix",
+    "open_net",
     "open_port",
+    "read_config",
     "serve",
     "serve_cards",
 ]
@@ -44,15 +56,24 @@ __all__ = [
 _HOMES = {
     "CardConfig": "trionic.config",
     "ConfigError": "trionic.errors",
+    "NetDriver": "client.virtio",
     "Nic": "firmware",
     "PciFunction": "device.function",
     "PortError": "firmware.ports",
+    "RegionIndex": "protocol.vfio",
     "ServeConfig": "trionic.config",
     "ServerError": "server",
     "TrionicError": "trionic.errors",
+    "Wiring": "client.virtio",
     "connect": "client",
+    "dma_memory": "client",
+    "intx": "client",
     "load_config": "trionic.config",
+    "msi": "client",
+    "msix": "client",
+    "open_net": "client.virtio",
     "open_port": "firmware.ports",
+    "read_config": "client.pci",
     "serve": "server",
     "serve_cards": "trionic.serving",
 }
