@@ -50,6 +50,9 @@ MAX_QUEUED: Final = 1 << 20
 size.
 """
 
+READS_PER_TURN: Final = 16
+"""How often the socket is read before other tasks get their turn, however much the server says."""
+
 READ_WRITE: Final = DmaMapFlags.READ | DmaMapFlags.WRITE
 
 
@@ -68,6 +71,7 @@ class Session:
         self._buffer = bytearray(RECEIVE_SIZE)
         self._outbox: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         self._queued = 0
+        self._refusals = 0
         self._writer = trio.lowlevel.ParkingLot()
         self._crowd = trio.lowlevel.ParkingLot()
         self._waiting: dict[tuple[int, int], trio.lowlevel.Task] = {}
@@ -86,13 +90,19 @@ class Session:
         """Send a request and wait for its answer; descriptors in it are the caller's.
 
         Raises ServerError if the server refuses it, BadReplyError if the answer is malformed, Disconnected
-        if the session ends first, and protocol.LocalProtocolError for a request that must not be sent.
+        if the session ends first, protocol.LocalProtocolError for a request that must not be sent, and
+        OSError for descriptors that cannot be sent.
         Bound the wait with trio.fail_after or move_on_after.
         """
         await self._wait_for_room()
-        message_id, message = self.connection.request(command, body, data, fds)
+        copies = _copy_all(fds)
+        try:
+            message_id, message = self.connection.request(command, body, data, copies)
+        except BaseException:
+            close_all(copies)
+            raise
         key = (message_id, int(command))
-        self._queue(message, fds)
+        self._queue(message, copies)
         self._waiting[key] = trio.lowlevel.current_task()
 
         def give_up(_: object) -> trio.lowlevel.Abort:
@@ -135,11 +145,12 @@ class Session:
                 raise BadReplyError(reply.command, f"{reply.body.count} of {len(part)} bytes written")
 
     async def post_write(self, index: int, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Write to a region without an answer; waits only while a slow server has too much to read. Raises
-        Disconnected.
+        """Write to a region without an answer; waits while a slow server has too much to read, otherwise
+        lets other tasks run and goes on. Raises Disconnected.
 
         Later requests are handled after it. A refusal is not told.
         """
+        await trio.lowlevel.checkpoint()
         await self._wait_for_room()
         self.post_write_now(index, offset, data)
 
@@ -204,16 +215,22 @@ class Session:
             await self._crowd.park()
             self._check()
 
-    def _queue(self, message: bytes, fds: Sequence[int]) -> None:
+    def _queue(self, message: bytes, fds: tuple[int, ...]) -> None:
+        """Send as much as the kernel takes now and keep the rest; takes the descriptors over."""
         view = memoryview(message)
         if not self._outbox:
-            sent = self._send(view, fds)
+            try:
+                sent = self._send(view, fds)
+            except Disconnected:
+                close_all(fds)
+                raise
+            if sent:
+                close_all(fds)
+                fds = ()
             if sent == len(view):
                 return
             view = view[sent:]
-            if sent:
-                fds = ()
-        self._outbox.append((view, tuple(os.dup(fd) for fd in fds)))
+        self._outbox.append((view, fds))
         self._queued += len(view)
         self._writer.unpark()
 
@@ -245,6 +262,8 @@ class Session:
                         self._outbox.popleft()
             except Disconnected:
                 return
+            if not self._outbox:
+                self._refusals = 0
             if self._queued <= MAX_QUEUED:
                 self._crowd.unpark_all()
 
@@ -260,7 +279,9 @@ class Session:
                 self._end(f"the server is gone: {error.strerror}")
 
     def _read_what_is_there(self) -> None:
-        while not self.connection.closed:
+        for _ in range(READS_PER_TURN):
+            if self.connection.closed:
+                return
             got = receive(self._socket, self._buffer, self.connection.limits.max_msg_fds)
             if got is None:
                 return
@@ -294,12 +315,21 @@ class Session:
                 self._end(f"the server breaks the protocol: {event.error}")
             case Refused():
                 close_all(event.fds)
-                answer = self.connection.error(event, event.errno)
-                if answer:
-                    with suppress(Disconnected):
-                        self._queue(answer, ())
+                self._refuse(event)
             case _:
                 close_all(event.fds)
+
+    def _refuse(self, event: Refused) -> None:
+        if self.connection.closed:
+            return
+        answer = self.connection.error(event, event.errno)
+        if answer:
+            with suppress(Disconnected):
+                self._queue(answer, ())
+        if self._outbox:
+            self._refusals += 1
+            if self._refusals > MAX_OUTSTANDING:
+                self._end("the server asks for more and more and reads no answers")
 
     def _wake(
         self,
@@ -335,3 +365,15 @@ class Session:
             region.close()
         trio.lowlevel.notify_closing(self._socket)
         self._socket.close()
+
+
+def _copy_all(fds: Sequence[int]) -> tuple[int, ...]:
+    """Copies of the descriptors, all or none: a message may leave after its caller has closed them."""
+    copies: list[int] = []
+    try:
+        for fd in fds:
+            copies.append(os.dup(fd))
+    except OSError:
+        close_all(copies)
+        raise
+    return tuple(copies)

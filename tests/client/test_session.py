@@ -3,7 +3,8 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from errno import EINVAL
+from contextlib import suppress
+from errno import ECONNRESET, EINVAL
 
 import pytest
 import trio
@@ -12,6 +13,7 @@ import trio.testing
 import client
 from client.session import MAX_QUEUED
 from protocol import Command
+from protocol.limits import MAX_OUTSTANDING
 from protocol.messages import DeviceInfo
 from protocol.vfio import IrqSetFlags
 from tests.client.peer import (
@@ -264,6 +266,65 @@ async def test_what_the_server_asks_for_is_refused() -> None:
         peer.send(struct.pack("=HHIII", 7, DMA_READ, 32, 0, 0) + struct.pack("=QQ", 0x1000, 64))
         answer = await peer.next_raw()
         assert answer == (7, DMA_READ, 16, REPLY | ERROR, 95)
+
+
+async def test_a_server_that_asks_and_reads_no_answers_is_left() -> None:
+    question = struct.pack("=HHIII", 7, DMA_READ, 32, 0, 0) + struct.pack("=QQ", 0x1000, 64)
+    async with session_with() as (session, peer):
+        ended = False
+        while not ended:
+            with suppress(BlockingIOError):
+                peer.send(question * 64)
+            await trio.testing.wait_all_tasks_blocked()
+            ended = session.connection.closed
+            assert len(session._outbox) <= MAX_OUTSTANDING + 1
+        with pytest.raises(client.Disconnected, match="reads no answers"):
+            await session.reset()
+
+
+async def test_a_server_that_never_stops_talking_does_not_keep_others_from_running(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stray = struct.pack("=HHIII", 1, REGION_WRITE, 16, REPLY, 0)
+    said = 0
+
+    def endless(_sock: socket.socket, buffer: bytearray, _max_fds: int) -> tuple[int, tuple[int, ...], bool]:
+        nonlocal said
+        said += 1
+        if said > 1000:
+            raise ConnectionResetError(ECONNRESET, "nobody else ever ran")
+        whole = len(buffer) - len(buffer) % len(stray)
+        buffer[:whole] = stray * (whole // len(stray))
+        return whole, (), False
+
+    async with session_with() as (session, peer):
+        await session.post_write(0, 0, b"\1")
+        monkeypatch.setattr("client.session.receive", endless)
+        monkeypatch.setattr("client.session.RECEIVE_SIZE", len(session._buffer) - len(session._buffer) % 16)
+        peer.send(stray)
+        while not said:
+            await trio.lowlevel.checkpoint()
+        assert said < 100
+
+
+async def test_a_poster_lets_others_run() -> None:
+    async with session_with() as (session, _):
+        with trio.testing.assert_checkpoints():
+            await session.post_write(0, 0, b"\1")
+
+
+async def test_a_descriptor_that_cannot_be_sent_fails_its_request_alone() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+        good = os.memfd_create("good")
+        before = open_fds()
+        flags = IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            await session.set_irqs(2, flags, 0, 2, fds=(good, -1))
+        assert open_fds() == before
+        assert session.connection.outstanding == 0
+        os.close(good)
+        nursery.start_soon(session.reset)
+        peer.reply(await peer.expect(RESET))
 
 
 async def test_everyone_is_told_when_the_server_leaves() -> None:
