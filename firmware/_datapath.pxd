@@ -31,6 +31,7 @@ cdef class DataPath:
     cdef readonly bint port_lost
     # what the driver negotiated
     cdef public bint mergeable, checksum_to_driver, running, link_up
+    cdef readonly bint tso4_to_driver, tso6_to_driver, ecn_to_driver
     # wake-ups
     cdef int _wake_fd, _event_fd
     cdef int32_t _sleeping, _stop
@@ -43,13 +44,16 @@ cdef class DataPath:
     cdef uint32_t _in_head, _in_tail, _in_room
     cdef uint8_t *_out
     cdef uint32_t _out_head, _out_tail
-    cdef bint _tx_blocked, _rx_starved, _event_sent
+    cdef bint _tx_blocked, _rx_starved
+    cdef bint _tx_absent, _rx_absent    # the queue is disabled, broken, or its rings are in no window
+    cdef int _reported                  # troubles the event was raised for
     cdef uint16_t _rx_seen              # avail.idx when the driver's buffers did not suffice
     cdef Chain _chain
     cdef iovec _pieces[PIECES]
     cdef uint16_t _heads[MAX_MERGE]
     cdef uint32_t _lengths[MAX_MERGE]
 
+    cdef short _awaited(self) noexcept nogil
     cdef bint _service(self) noexcept nogil
     cdef bint _arm(self) noexcept nogil
     cdef void _report(self) noexcept nogil
@@ -60,6 +64,7 @@ cdef class DataPath:
     cdef bint _receive(self) noexcept nogil
     cdef int _fetch(self) noexcept nogil
     cdef int _fetch_stream(self) noexcept nogil
+    cdef bint _takes_segments(self, uint8_t gso_type) noexcept nogil
     cdef int _deliver(self) noexcept nogil
     cdef void _complete(self, VirtQueue queue) noexcept nogil
     cdef void _wait(self, int64_t timeout_ns) noexcept nogil

@@ -67,6 +67,12 @@ cdef enum:
     FRAMING_STREAM = 1
     FRAMING_LOOPBACK = 2
     STREAM_PREFIX = 4
+    TROUBLE_TX = 1
+    TROUBLE_RX = 2
+    TROUBLE_PORT = 4
+    GSO_TCPV4 = 1                   # header gso_type
+    GSO_TCPV6 = 4
+    GSO_ECN = 0x80
 
 
 MAX_FRAME = 65535 + 18              # the largest IP packet behind an Ethernet header with a VLAN tag
@@ -155,7 +161,8 @@ cdef class DataPath:
             self._in_head = self._in_tail = self._out_head = self._out_tail = 0
             self._frame_length = 0
             self._fd, self._framing, self._port_header = fd, framing, vnet_header_size
-            self.port_lost = self._event_sent = False
+            self.port_lost = False
+            self._reported &= ~TROUBLE_PORT
         self.wake()
 
     def detach(self):
@@ -165,11 +172,14 @@ cdef class DataPath:
             self._frame_length = 0
         self.wake()
 
-    def start(self, *, bint mergeable, bint checksum_to_driver):
+    def start(self, *, bint mergeable, bint checksum_to_driver,
+              bint tso4_to_driver=False, bint tso6_to_driver=False, bint ecn_to_driver=False):
         """Begin to serve the queues with what the driver negotiated."""
         with self.gate:
             self.mergeable, self.checksum_to_driver = mergeable, checksum_to_driver
-            self._event_sent = False
+            self.tso4_to_driver, self.tso6_to_driver = tso4_to_driver, tso6_to_driver
+            self.ecn_to_driver = ecn_to_driver
+            self._reported = 0
             self.running = True
         self.wake()
 
@@ -201,6 +211,16 @@ cdef class DataPath:
         """Make the worker look again, whatever it waits for."""
         cdef uint64_t one = 1
         write(self._wake_fd, &one, sizeof(one))
+
+    def windows_changed(self):
+        """A DMA window is new: if rings were not to be found, look whether they lie in it."""
+        if self.running and (self._tx_absent or self._rx_absent):
+            self.wake()
+
+    @property
+    def awaited(self):
+        """The events (POLLIN, POLLOUT of poll(2)) that the worker would wait for at the port."""
+        return self._awaited()
 
     def stop(self):
         """Make run() return."""
@@ -268,30 +288,43 @@ cdef class DataPath:
         fds[0].fd = self._wake_fd
         fds[0].events = POLLIN
         fds[0].revents = 0
-        fds[1].fd = self._fd if self.running and not self.port_lost else -1
-        fds[1].events = 0 if self._rx_starved else POLLIN
-        if self._tx_blocked or self._out_tail > self._out_head:
-            fds[1].events |= POLLOUT
+        fds[1].events = self._awaited()
+        fds[1].fd = self._fd if fds[1].events else -1       # POLLHUP alone would make this a busy loop
         fds[1].revents = 0
-        if fds[1].events == 0:
-            fds[1].fd = -1              # POLLHUP alone would make this a busy loop
         timeout.tv_sec = 0
         timeout.tv_nsec = timeout_ns
         ppoll(fds, 2, NULL if timeout_ns < 0 else &timeout, NULL)
         if fds[0].revents:
             read(self._wake_fd, &drained, sizeof(drained))
 
+    cdef short _awaited(self) noexcept nogil:
+        """The events at the port that would give a burst something to do; any other would make it spin."""
+        cdef short events = 0
+        if not self.running or self.port_lost:
+            return 0
+        if not self._rx_starved:
+            events |= POLLIN
+        if self._tx_blocked or self._out_tail > self._out_head:
+            events |= POLLOUT
+        return events
+
     cdef bint _service(self) noexcept nogil:
         """One burst each way; True when work is left that needs no waiting."""
         cdef bint more = False
         if not self.running:
             return False
-        if self.tx.ready():
+        self._tx_absent = not self.tx.ready()
+        if not self._tx_absent:
             more = self._transmit()
-        if self.rx.ready():
+        else:
+            self._tx_blocked = False
+            self._flush()               # what was sent before goes out still
+        self._rx_absent = not self.rx.ready()
+        if not self._rx_absent:
             more = self._receive() or more
-        if (self.tx._fault or self.rx._fault or self.port_lost) and not self._event_sent:
-            self._report()
+        if self._rx_absent or self.rx._fault:
+            self._rx_starved = True     # there is nowhere to put what the port has
+        self._report()
         return more
 
     cdef bint _arm(self) noexcept nogil:
@@ -299,16 +332,26 @@ cdef class DataPath:
         cdef bint more = False
         if not self.running:
             return False
-        if self.tx.ready() and not self._tx_blocked:
-            more = self.tx.wants_kicks(self.tx.last_avail)
-        if self._rx_starved and self.rx.ready():
-            more = self.rx.wants_kicks(self._rx_seen) or more
+        if self.tx.ready():
+            if self._tx_absent:
+                more = True             # its rings have come since the burst
+            elif not self._tx_blocked:
+                more = self.tx.wants_kicks(self.tx.last_avail)
+        if self.rx.ready():
+            if self._rx_absent:
+                more = True
+            elif self._rx_starved:
+                more = self.rx.wants_kicks(self._rx_seen) or more
         return more
 
     cdef void _report(self) noexcept nogil:
+        """Raise the event for each trouble once."""
         cdef uint64_t one = 1
-        self._event_sent = True
-        write(self._event_fd, &one, sizeof(one))
+        cdef int news = ((TROUBLE_TX if self.tx._fault else 0) | (TROUBLE_RX if self.rx._fault else 0)
+                         | (TROUBLE_PORT if self.port_lost else 0))
+        if news & ~self._reported:
+            self._reported |= news
+            write(self._event_fd, &one, sizeof(one))
 
     cdef void _complete(self, VirtQueue queue) noexcept nogil:
         """Publish a burst and interrupt if the driver wants it."""
@@ -482,6 +525,9 @@ cdef class DataPath:
                 if got <= 0:
                     break
             done += 1
+            if self._frame_length == 0:
+                self._n.rx_dropped += 1
+                continue
             if not self.link_up:
                 self._n.rx_dropped += 1
                 self._frame_length = 0
@@ -508,7 +554,10 @@ cdef class DataPath:
         return done == C_BURST
 
     cdef int _fetch(self) noexcept nogil:
-        """Take one frame from the port into `_frame`: 1, 0 there is none, -1 the port is lost."""
+        """Take one frame from the port into `_frame`: 1, 0 there is none, -1 the port is lost.
+
+        One without a whole Ethernet header is taken with the length 0.
+        """
         cdef ssize_t got
         cdef uint32_t total
         if self._framing == FRAMING_LOOPBACK:
@@ -536,8 +585,7 @@ cdef class DataPath:
             self.port_lost = True
             return -1
         if got < self._port_header + ETHERNET:
-            self._n.rx_dropped += 1
-            return 0
+            return 1
         if self._port_header == 0:
             memset(self._frame, 0, HEADER)
         self._frame_length = <uint32_t> got + HEADER - self._port_header
@@ -556,8 +604,7 @@ cdef class DataPath:
                 if have >= STREAM_PREFIX + length:
                     self._in_head += STREAM_PREFIX + length
                     if length < ETHERNET:
-                        self._n.rx_dropped += 1
-                        continue
+                        return 1
                     memset(self._frame, 0, HEADER)
                     memcpy(self._frame + HEADER, self._in + self._in_head - length, length)
                     self._frame_length = HEADER + length
@@ -576,6 +623,14 @@ cdef class DataPath:
                 return -1
             self._in_tail += <uint32_t> got
 
+    cdef bint _takes_segments(self, uint8_t gso_type) noexcept nogil:
+        """Whether the driver accepted such frames; a port may still hold some that the one before it did."""
+        if gso_type & GSO_ECN and not self.ecn_to_driver:
+            return False
+        gso_type &= ~GSO_ECN
+        return ((gso_type == GSO_TCPV4 and self.tso4_to_driver)
+                or (gso_type == GSO_TCPV6 and self.tso6_to_driver))
+
     cdef int _deliver(self) noexcept nogil:
         """Put `_frame` into receive buffers: 1 delivered, 0 too few buffers (none taken), -1 dropped."""
         cdef Chain *c = &self._chain
@@ -584,6 +639,8 @@ cdef class DataPath:
         cdef uint32_t offset
         cdef uint8_t byte
         cdef int got, i, used = 0
+        if self._frame[1] and not self._takes_segments(self._frame[1]):
+            return -1
         if not self.checksum_to_driver:
             if self._frame[0] & NEEDS_CSUM and not complete_checksum(
                     self._frame + HEADER, total - HEADER,

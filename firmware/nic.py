@@ -108,6 +108,7 @@ class Nic:
             queues[TX_QUEUE],
             self.filter,
         )
+        self.function.dma.on_map = self.datapath.windows_changed
         self.datapath.poll_ns = 1000 * busy_poll_us
         self._attached: int | None = None
         port.on_change = self._port_changed
@@ -133,6 +134,9 @@ class Nic:
         self.datapath.start(
             mergeable=bool(features & Feature.NET_MRG_RXBUF),
             checksum_to_driver=bool(features & Feature.NET_GUEST_CSUM),
+            tso4_to_driver=bool(features & Feature.NET_GUEST_TSO4),
+            tso6_to_driver=bool(features & Feature.NET_GUEST_TSO6),
+            ecn_to_driver=bool(features & Feature.NET_GUEST_ECN),
         )
         self.notified(CONTROL_QUEUE)
         log.info("%s: driver ready, features %#x", self.name, int(features))
@@ -236,4 +240,5 @@ class Nic:
         self.datapath.halt()
         self.datapath.detach()
         self.port.close()
+        self.function.dma.on_map = None
         self.function.close()

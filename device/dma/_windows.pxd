@@ -39,6 +39,7 @@ cdef class DmaWindows:
     cdef size_t _backing_count
     cdef readonly uint64_t generation       # grows with every change of the table
     cdef readonly size_t limit
+    cdef public object on_map
 
     cdef Py_ssize_t _find(self, uint64_t iova) noexcept nogil
     cdef int span(self, uint64_t iova, uint64_t length, uint32_t prot,

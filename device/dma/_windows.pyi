@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 from typing_extensions import Buffer
 
 PAGE_SIZE: int
@@ -7,6 +9,7 @@ PROT_DMA_READ: int
 PROT_DMA_WRITE: int
 
 class DmaWindows:
+    on_map: Callable[[], None] | None
     @property
     def generation(self) -> int: ...
     @property

@@ -44,7 +44,7 @@ PROT_DMA_WRITE = DMA_WRITE
 
 
 cdef class DmaWindows:
-    """The table of one card's windows; at most `limit` of them."""
+    """The table of one card's windows; at most `limit` of them. `on_map()` is called after each new one."""
 
     def __cinit__(self, size_t limit=MAX_WINDOWS):
         self.limit = limit
@@ -108,6 +108,8 @@ cdef class DmaWindows:
         self._windows[at] = Window(iova=iova, last=last, offset=fd_offset, prot=prot, backing=backing)
         self._count += 1
         self.generation += 1
+        if self.on_map is not None:
+            self.on_map()
 
     def unmap(self, uint64_t iova, uint64_t size):
         """Remove every window inside the span; returns the number of bytes that were mapped.

@@ -1,6 +1,7 @@
 """The data path between real rings and real sockets; every step is taken by the test, burst by burst."""
 
 import os
+import select
 import socket
 import struct
 import threading
@@ -301,6 +302,33 @@ def test_offload_marks_reach_only_a_driver_that_negotiated_them(make_card: Calla
         assert (sum_given == expected) != guest_csum
 
 
+TCPV4, TCPV6, UDP, ECN = 1, 4, 3, 0x80
+
+
+@pytest.mark.parametrize(
+    ("accepted", "passing"),
+    [
+        ({}, []),
+        ({"tso4_to_driver": True}, [TCPV4]),
+        ({"tso6_to_driver": True}, [TCPV6]),
+        ({"tso4_to_driver": True, "ecn_to_driver": True}, [TCPV4, TCPV4 | ECN]),
+    ],
+)
+def test_a_port_that_holds_segments_for_an_earlier_driver_gives_none_to_this_one(
+    make_card: Callable[..., Card], accepted: dict[str, bool], passing: list[int]
+) -> None:
+    card = make_card(PACKETS, 12)
+    card.path.halt()
+    card.path.start(mergeable=True, checksum_to_driver=True, **accepted)
+    addresses = card.offer(*[200] * 6)
+    for kind in (TCPV4, TCPV4 | ECN, TCPV6, TCPV6 | ECN, UDP, 0):
+        card.network.send(struct.pack("<BBHHHHH", 1, kind, 54, 40, 34, 16, 0) + frame(bytes(100)))
+    card.settle()
+    kinds = [card.memory.read(address + 1, 1)[0] for address in addresses[: len(passing) + 1]]
+    assert kinds == [*passing, 0]
+    assert card.counter("rx_dropped") == 5 - len(passing)
+
+
 def test_a_burst_is_bounded_and_goes_on(card: Card) -> None:
     card.offer(*[100] * 64)
     for _ in range(64):
@@ -390,6 +418,107 @@ def test_a_loopback_that_nobody_reads_drops_what_is_over_its_limit(make_card: Ca
         card.settle()
         card.tx.used()
     assert (card.counter("tx_frames"), card.counter("tx_dropped")) == (fit, 1)
+
+
+# --- trouble, and what is waited for in it
+
+
+def break_queue(card: Card) -> None:
+    for ring in (card.rx, card.tx):
+        card.memory.write(ring.driver + 2, (999).to_bytes(2, "little"))
+
+
+def disable_queue(card: Card) -> None:
+    for queue in (card.path.rx, card.path.tx):
+        queue.disable()
+
+
+def unmap_queue(card: Card) -> None:
+    card.dma.unmap_all()
+
+
+@pytest.mark.parametrize("spoil", [break_queue, disable_queue, unmap_queue])
+def test_a_queue_that_takes_nothing_does_not_wake_the_worker_for_what_the_port_has(
+    card: Card, spoil: Callable[[Card], None]
+) -> None:
+    card.offer(100, 100)
+    card.network.send(frame())
+    card.settle()
+    assert card.path.awaited == select.POLLIN
+    spoil(card)
+    card.network.send(frame())
+    card.settle()
+    assert card.path.awaited == 0
+
+
+def test_a_transmit_queue_that_breaks_while_the_port_is_full_does_not_wait_for_room(
+    make_card: Callable[..., Card],
+) -> None:
+    card = make_card(STREAM)
+    card.port.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    for _ in range(12):
+        card.send(frame(bytes(60000)))
+    card.settle()
+    assert card.path.awaited == select.POLLOUT
+    break_queue(card)
+    received = 0
+    for _ in range(100000):
+        card.settle()
+        try:
+            received += len(card.network.recv(1 << 20))
+        except BlockingIOError:
+            break
+    assert received == card.counter("tx_frames") * (4 + 14 + 60000)
+    assert not card.path.awaited & select.POLLOUT
+
+
+def test_each_trouble_is_reported_though_another_was_before(card: Card) -> None:
+    card.tx.add([(0x900000000, 100, False)])
+    card.settle()
+    assert os.eventfd_read(card.path.event_fd) == 1
+    card.offer(100)
+    card.network.close()
+    card.settle()
+    assert card.path.port_lost
+    assert os.eventfd_read(card.path.event_fd) == 1
+    card.settle()
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(card.path.event_fd)
+
+
+@pytest.mark.parametrize("framing", [PACKETS, STREAM])
+def test_frames_that_are_none_count_for_the_burst(make_card: Callable[..., Card], framing: int) -> None:
+    card = make_card(framing)
+    card.offer(100)
+    for _ in range(BURST):
+        card.network.send(bytes(4) if framing == STREAM else b"x")
+    card.network.send(struct.pack("!I", 15) * (framing == STREAM) + frame(b"x"))
+    assert card.path.service()
+    assert (card.counter("rx_dropped"), card.counter("rx_frames")) == (BURST, 0)
+    card.settle()
+    assert card.counter("rx_frames") == 1
+
+
+def test_rings_that_come_with_a_window_are_served_at_once(card: Card) -> None:
+    fired = os.eventfd(0)
+    card.lines.vector_arm(0, fired)
+    card.dma.on_map = card.path.windows_changed
+    card.offer(100)
+    with card.path.gate:
+        card.dma.unmap_all()
+    card.network.send(frame())
+    worker = threading.Thread(target=card.path.run)
+    worker.start()
+    while card.path.awaited:
+        os.sched_yield()
+    with card.path.gate:
+        card.memory.map_into(card.dma)
+    os.eventfd_read(fired)
+    card.path.stop()
+    worker.join(10)
+    card.dma.on_map = None
+    assert len(card.rx.used()) == 1
+    os.close(fired)
 
 
 # --- the worker
