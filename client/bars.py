@@ -57,16 +57,19 @@ class BarMapping:
 
     def _map(self, start: int, length: int) -> _Area:
         at = self.region.mmap_offset + start
-        if at % PAGE:
+        if start % PAGE or at % PAGE:
             raise ClientError(f"region {self.region.index}: area {start:#x} does not begin with a page")
         prot = mmap.PROT_READ | (mmap.PROT_WRITE if self.writable else 0)
         try:
             memory = mmap.mmap(self.region.fd, length, mmap.MAP_SHARED, prot, offset=at)
-        except OSError as error:
-            raise ClientError(f"region {self.region.index} cannot be mapped: {error.strerror}") from None
+        except (OSError, ValueError) as error:  # ValueError: the file is shorter now than a moment ago
+            raise ClientError(f"region {self.region.index} cannot be mapped: {error}") from None
         view = memoryview(memory)
-        whole = length - length % 8
-        casts = {width: view[:whole].cast("B").cast(code) for width, code in CODES.items() if width > 1}
+        casts = {
+            width: view[: length - length % width].cast("B").cast(code)
+            for width, code in CODES.items()
+            if width > 1
+        }
         return _Area(start, start + length, memory, {1: view, **casts})
 
     def covers(self, offset: int, length: int) -> bool:

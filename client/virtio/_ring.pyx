@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """The driver's side of a split virtqueue (virtio 1.3, 2.7), with event index; `_ring.pyi` tells the promises.
 
-The device is not trusted: chains and buffers are remembered on this side, and of what the device writes only
-the used ring is read, each entry once. Indices are single aligned loads and stores: release on avail.idx,
+The device is not trusted: chains and buffers are remembered on this side, of what the device writes only the
+used ring and received bytes are read, and what is read twice is bounded both times. Indices are single aligned loads and stores: release on avail.idx,
 acquire on used.idx, and a full fence between publishing an index and reading the other side's event index or
 flags (2.7.7.1, 2.7.10.1).
 
@@ -337,6 +337,8 @@ cdef class TransmitRing(_Slots):
 
     def push(self, frames, Py_ssize_t start=0, header=None):
         self._check()
+        if start < 0:
+            raise ClientError(f"frames are counted from 0, not from {start}")
         self._reap()
         cdef Py_buffer view
         cdef const uint8_t *prefix = self._header(header)
@@ -452,6 +454,8 @@ cdef class ReceiveRing(_Slots):
             skip = 0
             self._last_used += 1
             self._offer(head)
+        if into != NULL and room:
+            raise DeviceError("the device changed a used entry that it had given back")
         return 0
 
     def pop(self, int limit=64):
@@ -473,8 +477,7 @@ cdef class ReceiveRing(_Slots):
             frame = PyBytes_FromStringAndSize(NULL, total)
             if headers:
                 self._entry(0, &head, &written)
-                header = PyBytes_FromStringAndSize(<char *>self._slot(head), NET_HEADER)
-                found.append((header, frame))
+                found.append((PyBytes_FromStringAndSize(<char *>self._slot(head), NET_HEADER), frame))
             else:
                 found.append(frame)
             self._consume(<uint8_t *>PyBytes_AS_STRING(frame), total, buffers)

@@ -66,6 +66,28 @@ def test_an_access_must_be_aligned() -> None:
             bar.write(4, 8, 0)
 
 
+def test_the_last_bytes_of_an_odd_length_are_reached() -> None:
+    region = RegionDetails(0, 0x1000, RWM, 0, ((0, 0x7FF),), (), -1)
+    with memory(0x1000) as fd:
+        region.fd = fd
+        os.pwrite(fd, b"\1\2\3\4\5\6\7", 0x7F8)
+        with BarMapping(region) as bar:
+            assert bar.read(0x7FE, 1) == 7
+            assert bar.read(0x7FC, 2) == struct.unpack("=H", b"\5\6")[0]
+            assert bar.read(0x7F8, 4) == struct.unpack("=I", b"\1\2\3\4")[0]
+            with pytest.raises(client.ClientError, match="not mapped"):
+                bar.read(0x7F8, 8)
+
+
+def test_a_file_that_shrinks_before_it_is_mapped_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with memory(0x1000) as fd:
+        before = os.fstat(fd)
+        os.truncate(fd, 0)
+        monkeypatch.setattr("client.bars.os.fstat", lambda _: before)
+        with pytest.raises(client.ClientError, match="cannot be mapped"):
+            BarMapping(RegionDetails(0, 0x1000, RWM, 0, ((0, 0x1000),), (), fd))
+
+
 def test_a_read_only_region_stays_so() -> None:
     flags = RegionFlags.READ | RegionFlags.MMAP
     with memory(0x1000) as fd, BarMapping(RegionDetails(0, 0x1000, flags, 0, ((0, 0x1000),), (), fd)) as bar:
@@ -76,7 +98,12 @@ def test_a_read_only_region_stays_so() -> None:
 
 @pytest.mark.parametrize(
     ("size", "offset", "areas"),
-    [(0x1000, 0, ((0, 0x2000),)), (0x2000, 0x1000, ((0, 0x2000),)), (0x4000, 0, ((0x800, 0x800),))],
+    [
+        (0x1000, 0, ((0, 0x2000),)),
+        (0x2000, 0x1000, ((0, 0x2000),)),
+        (0x4000, 0, ((0x800, 0x800),)),
+        (0x4000, 1, ((0xFFF, 0x1000),)),
+    ],
 )
 def test_a_mapping_that_would_fault_later_is_refused(
     size: int, offset: int, areas: tuple[tuple[int, int], ...]

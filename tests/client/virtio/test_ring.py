@@ -314,6 +314,11 @@ def test_a_frame_that_never_fits_is_refused() -> None:
         world.ring.repeat(bytes(1000), 1)
 
 
+def test_frames_before_the_first_are_refused() -> None:
+    with pytest.raises(ClientError, match="counted from 0"):
+        World(TransmitRing).ring.push([b"frame"], -1)
+
+
 def test_a_full_ring_takes_the_rest_later() -> None:
     world = World(TransmitRing)
     frames = [bytes([number]) for number in range(20)]
