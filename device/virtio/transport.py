@@ -139,6 +139,8 @@ class VirtioPciTransport:
         new = Status(value & ~Status.NEEDS_RESET) | (self.status & Status.NEEDS_RESET)
         if new & Status.FEATURES_OK and not self.status & Status.FEATURES_OK and not self._features_agreed():
             new &= ~Status.FEATURES_OK
+        if not new & Status.FEATURES_OK:
+            new &= ~Status.DRIVER_OK  # nothing was agreed on that a device could start with (3.1.1)
         starts = new & Status.DRIVER_OK and not self.status & Status.DRIVER_OK
         self.status = new
         if starts:

@@ -122,6 +122,14 @@ def test_features_that_do_not_agree_are_not_ok(device: Device, features: Feature
     assert not device.accept(features) & Status.FEATURES_OK
 
 
+@pytest.mark.parametrize("features", [OFFERED, OFFERED | Feature.NET_MTU])
+def test_a_driver_starts_only_with_features_that_were_agreed_on(device: Device, features: Feature) -> None:
+    device.accept(features)
+    device["device_status"] = Status.ACKNOWLEDGE | Status.DRIVER | Status.DRIVER_OK
+    assert not device["device_status"] & Status.DRIVER_OK
+    assert device.model.calls == []
+
+
 @pytest.mark.parametrize(("feature", "requires"), REQUIREMENTS)
 def test_each_requirement_names_known_bits(feature: Feature, requires: Feature) -> None:
     assert feature & requires == 0
