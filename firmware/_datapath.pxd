@@ -31,6 +31,7 @@ cdef class DataPath:
     cdef readonly bint port_lost
     # what the driver negotiated
     cdef public bint mergeable, checksum_to_driver, running, link_up
+    cdef public bint bus_master         # software lets the card do DMA
     cdef readonly bint tso4_to_driver, tso6_to_driver, ecn_to_driver
     # wake-ups
     cdef int _wake_fd, _event_fd

@@ -14,6 +14,7 @@ class DataPath:
     checksum_to_driver: bool
     running: bool
     link_up: bool
+    bus_master: bool
     poll_ns: int
     @property
     def gate(self) -> Gate: ...

@@ -118,7 +118,7 @@ cdef class DataPath:
     def __init__(self, Gate gate not None, DmaWindows dma not None, Lines lines not None,
                  VirtQueue rx not None, VirtQueue tx not None, ReceiveFilter filter not None):
         self.gate, self.dma, self.lines, self.rx, self.tx, self.filter = gate, dma, lines, rx, tx, filter
-        self.link_up = True
+        self.link_up = self.bus_master = True
 
     def __dealloc__(self):
         if self._wake_fd >= 0:
@@ -300,7 +300,7 @@ cdef class DataPath:
     cdef short _awaited(self) noexcept nogil:
         """The events at the port that would give a burst something to do; any other would make it spin."""
         cdef short events = 0
-        if not self.running or self.port_lost:
+        if not self.running or not self.bus_master or self.port_lost:
             return 0
         if not self._rx_starved:
             events |= POLLIN
@@ -311,7 +311,7 @@ cdef class DataPath:
     cdef bint _service(self) noexcept nogil:
         """One burst each way; True when work is left that needs no waiting."""
         cdef bint more = False
-        if not self.running:
+        if not self.running or not self.bus_master:
             return False
         self._tx_absent = not self.tx.ready()
         if not self._tx_absent:
@@ -330,7 +330,7 @@ cdef class DataPath:
     cdef bint _arm(self) noexcept nogil:
         """Ask the driver for kicks where they can help; True when there is work already."""
         cdef bint more = False
-        if not self.running:
+        if not self.running or not self.bus_master:
             return False
         if self.tx.ready():
             if self._tx_absent:

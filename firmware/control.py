@@ -16,6 +16,9 @@ log = logging.getLogger("trionic.control")
 # A command with two full MAC tables of a thousand entries is 12 KiB; nothing legitimate is longer.
 MAX_COMMAND = 16 << 10
 
+# A driver can be refused as often as it likes; it must not fill the log.
+MAX_REFUSALS_TOLD = 32
+
 _RX_MODES = {
     RxCommand.PROMISC: "promiscuous",
     RxCommand.ALLMULTI: "all_multicast",
@@ -39,19 +42,25 @@ class ControlQueue:
         self.queue = queue
         self._filter = receive_filter
         self._set_mac = set_mac
+        self._refusals_left = MAX_REFUSALS_TOLD
+        self.unfinished = False
 
     def service(self) -> bool:
         """Execute what is available; returns whether the driver wants an interrupt.
 
-        The caller holds the gate. A broken queue raises DeviceError(EIO); a chain without room for the answer
+        A driver that keeps adding commands is served a ringful; then `unfinished` is set, and it is for the
+        caller to come back. The caller holds the gate. A broken queue raises DeviceError(EIO); a chain without room for the answer
         raises DeviceError(EINVAL).
         """
-        interrupt = False
-        while True:
-            while (chain := self.queue.pop()) is not None:
+        interrupt = self.unfinished = False
+        for _ in range(self.queue.size + 1):
+            chain = self.queue.pop()
+            if chain is not None:
                 interrupt = self._execute(chain) or interrupt
-            if not self.queue.enable_kicks():
+            elif not self.queue.enable_kicks():
                 return interrupt
+        self.unfinished = True
+        return interrupt
 
     def _execute(self, chain: DescriptorChain) -> bool:
         try:
@@ -60,11 +69,18 @@ class ControlQueue:
             self._command(chain.read())
             ack = Ack.OK
         except RefusedError as refusal:
-            log.warning("control command refused: %s", refusal)
+            self._tell(refusal)
             ack = Ack.ERR
         if chain.write(bytes([ack])) != 1:
             raise DeviceError(errno.EINVAL, "a control command without a byte for the answer")
         return self.queue.push(chain, 1)
+
+    def _tell(self, refusal: RefusedError) -> None:
+        if self._refusals_left > 0:
+            self._refusals_left -= 1
+            log.warning("control command refused: %s", refusal)
+            if self._refusals_left == 0:
+                log.warning("no more refused control commands are told")
 
     def _command(self, request: bytes) -> None:
         match tuple(request[:2]):

@@ -109,8 +109,11 @@ class Nic:
             self.filter,
         )
         self.function.dma.on_map = self.datapath.windows_changed
+        self.function.on_bus_master = self._bus_master
+        self._bus_master(self.function.bus_master)
         self.datapath.poll_ns = 1000 * busy_poll_us
         self._attached: int | None = None
+        self._control_broken = False
         port.on_change = self._port_changed
         self._port_changed()
 
@@ -147,6 +150,7 @@ class Nic:
             self.datapath.halt()
             self.port.set_offloads(Offload(0))
             log.info("%s: driver gone", self.name)
+        self._control_broken = False
         self.config.mac = self._permanent_mac
         self.filter.reset(self._permanent_mac)
 
@@ -156,14 +160,25 @@ class Nic:
             self.datapath.kick()
             return
         with self.function.gate:
-            if not self.datapath.running:
+            if self._control_broken or not (self.datapath.running and self.datapath.bus_master):
                 return
             try:
                 if self.control.service():
                     self.function.interrupts.lines.signal(Isr.QUEUE, self.control.queue.vector)
             except DeviceError as error:
                 log.warning("%s: control queue: %s", self.name, error)
+                self._control_broken = True
                 self.card.transport.needs_reset()
+            else:
+                if self.control.unfinished:
+                    os.eventfd_write(self.datapath.event_fd, 1)  # after whatever else waits for its turn
+
+    def _bus_master(self, enabled: bool) -> None:
+        """Software allows or forbids DMA."""
+        self.datapath.bus_master = enabled
+        if enabled:
+            self.datapath.wake()
+            self.notified(CONTROL_QUEUE)
 
     def _set_mac(self, mac: bytes) -> None:
         self.config.mac = mac
@@ -224,6 +239,8 @@ class Nic:
 
     def _look_after(self) -> None:
         """Act on what the worker reported."""
+        if self.control.unfinished:
+            self.notified(CONTROL_QUEUE)
         with self.function.gate:
             for queue in self.card.queues:
                 if queue.fault:

@@ -11,7 +11,7 @@ from device.dma import DmaWindows
 from device.errors import DeviceError
 from device.virtio._split import VirtQueue
 from firmware._filter import ReceiveFilter
-from firmware.control import MAX_COMMAND, ControlQueue
+from firmware.control import MAX_COMMAND, MAX_REFUSALS_TOLD, ControlQueue
 from tests.device.driver_side import DriverRing, GuestMemory
 
 OWN = bytes.fromhex("525400000001")
@@ -245,6 +245,39 @@ def test_with_event_index_the_driver_names_the_answer_it_waits_for() -> None:
     assert wanted == [True, False, True, False]  # the first one always, for there was none before it
     assert control.ring.avail_event == 4
     control.memory.close()
+
+
+def test_a_driver_that_adds_commands_without_end_gets_a_ringful_at_a_time() -> None:
+    control = Control(size=4)
+
+    def another(mac: bytes) -> None:
+        control.ring.used()
+        control.post(command(MAC, ADDR_SET, mac))
+        control.macs.append(mac)
+
+    control.control = ControlQueue(control.queue, control.filter, another)
+    control.post(command(MAC, ADDR_SET, OTHER))
+    control.control.service()
+    assert len(control.macs) == 5
+    assert control.control.unfinished
+    control.control.service()
+    assert len(control.macs) == 10
+    control.memory.close()
+
+
+def test_a_full_ring_is_finished_at_once(control: Control) -> None:
+    for _ in range(16 // 2):
+        control.post(command(RX, 0, b"\1"))
+    control.control.service()
+    assert not control.control.unfinished
+    assert len(control.ring.used()) == 8
+
+
+def test_a_driver_cannot_fill_the_log(control: Control, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3 * MAX_REFUSALS_TOLD):
+        control.execute(b"\xff\xff")
+        control.memory._next = control.memory.iova + (1 << 16)
+    assert len(caplog.records) == MAX_REFUSALS_TOLD + 1
 
 
 @given(st.lists(st.binary(max_size=40), max_size=4))

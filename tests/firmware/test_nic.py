@@ -22,7 +22,7 @@ from device.virtio.transport import Status
 from firmware import Nic
 from firmware.nic import random_mac
 from firmware.ports import Framing, Offload, Port, open_port, quote
-from tests.firmware.driver import CONFIG_VECTOR, HEADER, Driver, driver_of
+from tests.firmware.driver import CONFIG_REGION, CONFIG_VECTOR, HEADER, Driver, driver_of
 
 MAC = bytes.fromhex("525400000001")
 OTHER = bytes.fromhex("525400000002")
@@ -312,6 +312,72 @@ def test_a_command_without_room_for_an_answer_needs_a_reset(driver: Driver) -> N
     assert driver.command(b"\0\0\1", room=0) is None
     assert driver.status & Status.NEEDS_RESET
     assert driver.fired(CONFIG_VECTOR)
+
+
+def test_a_control_queue_that_broke_off_is_left_alone_until_the_reset(
+    driver: Driver, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver.start()
+    for _ in range(3):
+        assert driver.command(b"\0\0\1", room=0) is None
+    assert len([record for record in caplog.records if "control queue" in record.message]) == 1
+    assert driver.command(b"\1\1" + OTHER) is None
+
+
+async def test_commands_beyond_a_ringful_are_executed_later(
+    driver: Driver, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nursery.start_soon(driver.nic.run)
+    driver.start()
+    queue = driver.nic.control
+    rounds: list[bool] = []
+    service = queue.service
+
+    def one_more() -> bool:
+        wanted = service()
+        rounds.append(queue.unfinished)
+        queue.unfinished = len(rounds) < 3
+        return wanted
+
+    monkeypatch.setattr(queue, "service", one_more)
+    driver.command(b"\1\1" + OTHER)
+    assert len(rounds) == 1
+    with trio.fail_after(10):
+        while len(rounds) < 3:
+            await trio.testing.wait_all_tasks_blocked()
+
+
+# --- bus mastering
+
+
+def test_without_bus_mastering_the_card_touches_no_memory(cable: Cable, driver: Driver) -> None:
+    driver.start()
+    driver.function.region_write(CONFIG_REGION, 4, b"\2\0")
+    driver.send(frame(b"out"))
+    cable.network.send(frame(b"in"))
+    assert driver.command(b"\1\1" + OTHER) is None
+    driver.settle()
+    assert driver.received() == []
+    assert driver.tx.used() == []
+    assert driver.nic.datapath.awaited == 0
+    driver.function.region_write(CONFIG_REGION, 4, b"\6\0")
+    driver.settle()
+    assert cable.network.recv(2000) == frame(b"out")
+    assert driver.received() == [frame(b"in")]
+    assert driver.mac == OTHER
+
+
+async def test_a_running_card_goes_on_when_it_may_master_the_bus_again(
+    cable: Cable, driver: Driver, nursery: trio.Nursery
+) -> None:
+    nursery.start_soon(driver.nic.run)
+    driver.start()
+    driver.function.region_write(CONFIG_REGION, 4, b"\2\0")
+    cable.network.send(frame(b"later"))
+    await trio.testing.wait_all_tasks_blocked()
+    driver.function.region_write(CONFIG_REGION, 4, b"\6\0")
+    with trio.fail_after(10):
+        assert await driver.receive() == frame(b"later")
 
 
 # --- the link
