@@ -1,9 +1,13 @@
 import os
+import random
 import socket
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,8 +15,9 @@ from device.errors import DeviceError
 from protocol import Connection, Negotiated, Refused, Request, Role
 from protocol.messages import RegionAccess
 from server._drain import Drain, Outcome
-from server.limits import RECEIVE_SIZE
-from tests.server.raw import GET_INFO, NO_REPLY, REGION_READ, REGION_WRITE, access, message, version
+from server.limits import RECEIVE_SIZE, SessionLimits
+from tests.server.raw import ERROR, GET_INFO, NO_REPLY, REGION_READ, REGION_WRITE, access, message, version
+from tests.server.world import world
 
 MEMORY = 4096
 
@@ -138,6 +143,56 @@ def test_it_says_what_the_engine_says_however_the_stream_is_cut(
             said += piece
     assert said == expected
     assert memory.bytes == expected_memory.bytes
+
+
+def random_accesses(seed: int, count: int) -> list[bytes]:
+    """Requests of all sizes at the edges of the regions of a real card, in and out of place."""
+    chance = random.Random(seed)
+    messages = []
+    for number in range(count):
+        size = chance.choice([0, 1, 2, 3, 4, 8, 16, 63, 64, 65, 100])
+        region = chance.choice([0, 0, 2, 2, 7, 7, 7, 1, 6, 8, 9, 0xFFFFFFFF])
+        edge = chance.choice([0, 0x400, 0x800, 0x1000, 0x2000, 1 << 32, 1 << 63, (1 << 64) - 1])
+        offset = max(0, min(edge + chance.randint(-70, 70), (1 << 64) - 1))
+        command = chance.choice([REGION_READ, REGION_WRITE])
+        payload = access(offset, region, size) + (chance.randbytes(size) if command == REGION_WRITE else b"")
+        flags = chance.choice([0, 0, 0, NO_REPLY, ERROR, 0x40])
+        messages.append(message(command, payload, message_id=number, flags=flags))
+    return messages
+
+
+async def replies_of_a_card(tmp_path: Path, messages: list[bytes], *, whole: bool, broken: bool) -> bytes:
+    """All that a served card says; ``whole``: each request comes in one piece, so the drain may answer."""
+    last = message(REGION_READ, access(0, 7, 4), message_id=0xFFFF)
+    said = b""
+    async with world(tmp_path, limits=SessionLimits(tellings=0)) as served:
+        served.card.registers.broken = broken
+        client = await served.client()
+        for request in [*messages, last]:
+            if not whole:
+                await client.send(request[:16])
+                await trio.testing.wait_all_tasks_blocked()
+            await client.send(request[0 if whole else 16 :])
+            await trio.testing.wait_all_tasks_blocked()
+        answered = -1
+        while answered != 0xFFFF:
+            reply = await client.receive()
+            assert reply is not None
+            answered = reply.message_id
+            said += struct.pack("=HHIII", answered, reply.command, reply.size, reply.flags, reply.error)
+            said += reply.payload
+    return said
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+async def test_a_card_answers_on_both_roads_with_the_same_bytes(
+    tmp_path: Path, seed: int, broken: bool
+) -> None:
+    messages = random_accesses(seed, 300)
+    fast = await replies_of_a_card(tmp_path, messages, whole=True, broken=broken)
+    slow = await replies_of_a_card(tmp_path, messages, whole=False, broken=broken)
+    assert fast == slow
 
 
 # --- outcomes
