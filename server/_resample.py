@@ -6,10 +6,12 @@ closed descriptor cannot be taken out of epoll any more while the client holds t
 
 from __future__ import annotations
 
+import errno
 import os
 
 import trio
 
+from device.errors import DeviceError
 from device.function import IrqKind, PciFunction
 from protocol import Command, Request
 from protocol.messages import SetIrqs
@@ -26,7 +28,10 @@ class Resample:
         self._watched: trio.CancelScope | None = None
 
     def follow(self, request: Request) -> None:
-        """Call after ``request`` was handled: from then on what the device has now is watched."""
+        """Call after ``request`` was handled: from then on what the device has now is watched.
+
+        DeviceError if no descriptor is left to watch with; the device then has no such eventfd any more.
+        """
         if request.command is not Command.DEVICE_SET_IRQS:
             return
         if not isinstance(request.body, SetIrqs) or request.body.index != IrqKind.INTX:
@@ -35,8 +40,15 @@ class Resample:
             self._watched.cancel()
             self._watched = None
         if self._function.unmask_fd is not None:
+            try:
+                fd = os.dup(self._function.unmask_fd)
+            except OSError as error:
+                self._function.irq_set_unmask_fd(IrqKind.INTX, None)
+                raise DeviceError(
+                    error.errno or errno.EMFILE, "no descriptor is free to watch INTx"
+                ) from error
             self._watched = trio.CancelScope()
-            self._nursery.start_soon(self._watch, os.dup(self._function.unmask_fd), self._watched)
+            self._nursery.start_soon(self._watch, fd, self._watched)
 
     async def _watch(self, fd: int, scope: trio.CancelScope) -> None:
         try:

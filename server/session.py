@@ -170,9 +170,9 @@ class Session:
     def _handle(self, request: Request) -> tuple[bytes, Sequence[int]]:
         try:
             answer = handle(self._function, request, send_fds=self._engine.peer.max_msg_fds > 0)
+            self._resample.follow(request)
         except Exception as error:
             return self._engine.error(request, self._failed(request.command, error)), ()
-        self._resample.follow(request)
         return self._engine.reply(request, answer.body, answer.data, answer.fds), answer.fds
 
     def _failed(self, command: int, error: Exception) -> int:
