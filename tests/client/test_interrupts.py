@@ -8,6 +8,7 @@ import trio
 import trio.testing
 
 import client
+from protocol.vfio import IrqIndex
 from tests.client.peer import SET_IRQS, Message, Peer, open_fds, session_with
 
 INTX, MSI, MSIX = 0, 1, 2
@@ -138,3 +139,13 @@ async def test_a_server_that_is_gone_does_not_hold_up_the_end() -> None:
         nursery.start_soon(serve)
         async with client.intx(session):
             await trio.testing.wait_all_tasks_blocked()
+
+
+async def test_a_server_cannot_make_looking_at_an_interrupt_block() -> None:
+    async with session_with() as (session, _):
+        interrupt = client.Interrupt(session, IrqIndex.MSIX, 0)
+        os.set_blocking(interrupt.fd, True)  # a flag of the open file, which the server has as well
+        assert interrupt.poll() == 0
+        os.eventfd_write(interrupt.fd, 3)
+        assert (interrupt.poll(), interrupt.poll()) == (3, 0)
+        interrupt.close()
