@@ -45,6 +45,7 @@ class BarMapping:
         self.region = region
         self.writable = RegionFlags.WRITE in region.flags
         self._areas: list[_Area] = []
+        self._closing: list[_Area] = []
         size = os.fstat(region.fd).st_size
         try:
             for start, length in sorted(region.areas):
@@ -114,13 +115,17 @@ class BarMapping:
         return area.casts[1][offset - area.start : offset - area.start + length]
 
     def close(self) -> None:
-        """Unmap; raises BufferError while somebody holds a view."""
-        while self._areas:
-            area = self._areas[-1]
+        """Unmap; raises BufferError while somebody holds a view, and is to be called again then. Nothing is
+        accessible any more either way.
+        """
+        self._closing += self._areas
+        self._areas.clear()
+        while self._closing:
+            area = self._closing[-1]
             for view in area.casts.values():
                 view.release()
             area.memory.close()
-            self._areas.pop()
+            self._closing.pop()
 
     def __enter__(self) -> Self:
         return self

@@ -123,6 +123,8 @@ def test_unmapping_waits_for_views() -> None:
         view = bar.view(0, 8)
         with pytest.raises(BufferError):
             bar.close()
+        with pytest.raises(client.ClientError, match="not mapped"):
+            bar.read(0, 4)
         view.release()
         bar.close()
 
