@@ -41,7 +41,7 @@ cdef class Gate:
             add_int(&self._waiting, 1)
             with nogil:
                 pthread_mutex_lock(&self._mutex)
-            add_int(&self._waiting, -1)
+                add_int(&self._waiting, -1)     # before the GIL: a worker would yield all that time
         self._owner = me
         self._depth = 1
         return self

@@ -478,7 +478,8 @@ cdef class DataPath:
         else:
             if self._in_head == self._in_tail:
                 self._in_head = self._in_tail = 0
-            if self._in_room - self._in_tail < STREAM_PREFIX + total:
+            # Moved only for a good part of the room: a loopback that stays full would move it for each frame.
+            if self._in_room - self._in_tail < STREAM_PREFIX + total and self._in_head >= self._in_room // 4:
                 memmove(self._in, self._in + self._in_head, self._in_tail - self._in_head)
                 self._in_tail -= self._in_head
                 self._in_head = 0

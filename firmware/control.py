@@ -49,8 +49,8 @@ class ControlQueue:
         """Execute what is available; returns whether the driver wants an interrupt.
 
         A driver that keeps adding commands is served a ringful; then `unfinished` is set, and it is for the
-        caller to come back. The caller holds the gate. A broken queue raises DeviceError(EIO); a chain without room for the answer
-        raises DeviceError(EINVAL).
+        caller to come back. The caller holds the gate. A broken queue raises DeviceError(EIO); a chain
+        without room for the answer raises DeviceError(EINVAL).
         """
         interrupt = self.unfinished = False
         for _ in range(self.queue.size + 1):

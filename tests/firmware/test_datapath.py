@@ -420,6 +420,29 @@ def test_a_loopback_that_nobody_reads_drops_what_is_over_its_limit(make_card: Ca
     assert (card.counter("tx_frames"), card.counter("tx_dropped")) == (fit, 1)
 
 
+def test_a_loopback_that_was_full_takes_frames_again_once_a_quarter_is_read(
+    make_card: Callable[..., Card],
+) -> None:
+    card = make_card(LOOPBACK)
+    sent = LOOPBACK_BUFFER // (4 + 12 + 14 + 60000)
+    for n in range(sent + 1):
+        card.memory.write(card.memory.iova + (4 << 20), NO_HEADER + frame(n.to_bytes(4, "big") * 15000))
+        card.tx.add([(card.memory.iova + (4 << 20), 12 + 14 + 60000, False)])
+        card.settle()
+        card.tx.used()
+    assert card.counter("tx_dropped") == 1
+    room = card.memory.iova + (5 << 20)
+    got = []
+    for n in range(sent + 1):
+        card.rx.add([(room, 61000, True)])
+        if n == sent // 2:
+            card.send(frame(b"last"))
+        card.settle()
+        assert len(card.rx.used()) == 1
+        got.append(card.memory.read(room + 12 + 14, 4))
+    assert got == [n.to_bytes(4, "big") for n in range(sent)] + [b"last"]
+
+
 # --- trouble, and what is waited for in it
 
 
