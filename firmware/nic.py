@@ -183,6 +183,7 @@ class Nic:
     def _set_mac(self, mac: bytes) -> None:
         self.config.mac = mac
         self.filter.set_mac(mac)
+        self.card.transport.config_differs()
 
     # --- port and link
 

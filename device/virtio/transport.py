@@ -159,9 +159,13 @@ class VirtioPciTransport:
             return True
         return False
 
+    def config_differs(self) -> None:
+        """What the driver may have read of the device-specific configuration holds no more (4.1.4.3.1)."""
+        self.config_generation = (self.config_generation + 1) & 0xFF
+
     def config_changed(self) -> None:
         """The device-specific configuration changed: tell a running driver (2.5)."""
-        self.config_generation = (self.config_generation + 1) & 0xFF
+        self.config_differs()
         if self.status & Status.DRIVER_OK:
             self.lines.signal(Isr.CONFIG, self.config_vector)
 

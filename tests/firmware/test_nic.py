@@ -300,6 +300,14 @@ def test_a_new_address_shows_and_filters_until_the_reset(cable: Cable, driver: D
     assert driver.mac == MAC
 
 
+def test_an_address_that_changes_is_a_new_generation_of_the_configuration(driver: Driver) -> None:
+    driver.start()
+    before = driver.read(COMMON + 0x15, 1)
+    driver.command(b"\1\1" + OTHER)
+    assert driver.read(COMMON + 0x15, 1) != before
+    assert not driver.fired(CONFIG_VECTOR)
+
+
 def test_commands_wait_for_the_driver_to_be_ready(driver: Driver) -> None:
     driver.command(b"\1\1" + OTHER)
     assert driver.mac == MAC
