@@ -5,6 +5,7 @@ from device._gate cimport Gate
 from device.dma._windows cimport DmaWindows
 from device.interrupts._lines cimport Lines
 from device.virtio._split cimport Chain, VirtQueue
+from firmware._cable cimport Cable
 from firmware._filter cimport ReceiveFilter
 
 
@@ -26,9 +27,7 @@ cdef class DataPath:
     cdef readonly VirtQueue rx, tx
     cdef readonly ReceiveFilter filter
     cdef Counters _n
-    # the port
-    cdef int _fd, _framing, _port_header
-    cdef readonly bint port_lost
+    cdef Cable _cable
     # what the driver negotiated
     cdef public bint mergeable, checksum_to_driver, running, link_up
     cdef public bint bus_master         # software lets the card do DMA
@@ -40,11 +39,6 @@ cdef class DataPath:
     # a received frame, its header first, that waits for buffers
     cdef uint8_t *_frame
     cdef uint32_t _frame_length
-    # byte streams and the loopback's queue
-    cdef uint8_t *_in
-    cdef uint32_t _in_head, _in_tail, _in_room
-    cdef uint8_t *_out
-    cdef uint32_t _out_head, _out_tail
     cdef bint _tx_blocked, _rx_starved
     cdef bint _tx_absent, _rx_absent    # the queue is disabled, broken, or its rings are in no window
     cdef int _reported                  # troubles the event was raised for
@@ -61,10 +55,8 @@ cdef class DataPath:
     cdef bint _transmit(self) noexcept nogil
     cdef int _send(self) noexcept nogil
     cdef int _send_copy(self) noexcept nogil
-    cdef int _flush(self) noexcept nogil
+    cdef int _sent(self, int result, uint64_t length) noexcept nogil
     cdef bint _receive(self) noexcept nogil
-    cdef int _fetch(self) noexcept nogil
-    cdef int _fetch_stream(self) noexcept nogil
     cdef bint _takes_segments(self, uint8_t gso_type) noexcept nogil
     cdef int _deliver(self) noexcept nogil
     cdef void _complete(self, VirtQueue queue) noexcept nogil

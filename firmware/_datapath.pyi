@@ -4,10 +4,7 @@ from device.interrupts._lines import Lines
 from device.virtio._split import VirtQueue
 from firmware._filter import ReceiveFilter
 
-MAX_FRAME: int
 BURST: int
-STREAM_BUFFER: int
-LOOPBACK_BUFFER: int
 
 class DataPath:
     mergeable: bool

@@ -13,11 +13,10 @@ port has something, or someone calls `wake()`.
 
 import os
 
-from libc.errno cimport EAGAIN, EINTR, errno as c_errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memmove, memset
-from posix.uio cimport iovec, writev
+from libc.string cimport memcpy, memset
+from posix.uio cimport iovec
 from posix.unistd cimport read, write
 
 from device._atomic cimport fence, load_int, relax, store_int
@@ -26,6 +25,7 @@ from device.dma._windows cimport DMA_READ, FAULT_NONE, DmaWindows
 from device.interrupts._lines cimport Lines
 from device.virtio._split cimport Chain, VirtQueue
 from firmware._checksum cimport complete_checksum
+from firmware._cable cimport ETHERNET, FRAME_LIMIT, FRAMING_LOOPBACK, FRAMING_PACKETS, HEADER, Cable
 from firmware._filter cimport ReceiveFilter
 
 
@@ -53,8 +53,6 @@ cdef extern from "<poll.h>" nogil:
 
 
 cdef enum:
-    HEADER = 12                     # struct virtio_net_hdr_v1
-    ETHERNET = 14
     NEEDS_CSUM = 1                  # header flags
     # A doorbell by message costs the guest a round trip, so after bulk traffic the worker looks into rings
     # a few more times by the clock before it asks for doorbells. What is smaller, requests and their answers,
@@ -63,10 +61,7 @@ cdef enum:
     NAPS = 4
     NAP_NS = 100000
     TIMER_SLACK_NS = 1000           # the default slack would make a nap half as long again
-    FRAMING_PACKETS = 0
-    FRAMING_STREAM = 1
-    FRAMING_LOOPBACK = 2
-    STREAM_PREFIX = 4
+    BURST_FRAMES = 64
     TROUBLE_TX = 1
     TROUBLE_RX = 2
     TROUBLE_PORT = 4
@@ -75,19 +70,7 @@ cdef enum:
     GSO_ECN = 0x80
 
 
-MAX_FRAME = 65535 + 18              # the largest IP packet behind an Ethernet header with a VLAN tag
-BURST = 64                          # frames per direction and burst: bounds how long a register access waits
-STREAM_BUFFER = 1 << 18             # bytes kept of a stream each way: three frames of the largest size fit
-LOOPBACK_BUFFER = 1 << 22           # bytes that wait in a loopback before frames are dropped
-
-cdef enum:
-    C_MAX_FRAME = 65535 + 18
-    C_BURST = 64
-    C_STREAM_BUFFER = 1 << 18
-    C_LOOPBACK_BUFFER = 1 << 22
-
-assert MAX_FRAME == C_MAX_FRAME and BURST == C_BURST
-assert STREAM_BUFFER == C_STREAM_BUFFER and LOOPBACK_BUFFER == C_LOOPBACK_BUFFER
+BURST = BURST_FRAMES                # frames per direction and burst: bounds how long a register access waits
 
 
 cdef uint64_t _now() noexcept nogil:
@@ -100,16 +83,13 @@ cdef uint16_t _little16(const uint8_t *p) noexcept nogil:
     return <uint16_t> (p[0] | p[1] << 8)
 
 
-cdef uint32_t _big32(const uint8_t *p) noexcept nogil:
-    return <uint32_t> p[0] << 24 | <uint32_t> p[1] << 16 | <uint32_t> p[2] << 8 | p[3]
-
-
 cdef class DataPath:
     """One queue pair's data path; `rx` and `tx` are named from the driver's side."""
 
     def __cinit__(self, *args, **kwargs):
-        self._wake_fd = self._event_fd = self._fd = -1
-        self._frame = <uint8_t *> calloc(1, HEADER + C_MAX_FRAME)
+        self._wake_fd = self._event_fd = -1
+        self._cable = Cable()
+        self._frame = <uint8_t *> calloc(1, HEADER + FRAME_LIMIT)
         if self._frame == NULL:
             raise MemoryError
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -126,8 +106,6 @@ cdef class DataPath:
         if self._event_fd >= 0:
             os.close(self._event_fd)
         free(self._frame)
-        free(self._in)
-        free(self._out)
 
     # --- control side
 
@@ -136,39 +114,16 @@ cdef class DataPath:
 
         Framings are 0 packets, 1 stream, 2 loopback.
         """
-        if framing not in (FRAMING_PACKETS, FRAMING_STREAM, FRAMING_LOOPBACK):
-            raise ValueError(f"framing {framing}")
-        if vnet_header_size not in (0, HEADER):
-            raise ValueError(f"a port's virtio-net header has {HEADER} bytes or none, not {vnet_header_size}")
-        cdef uint32_t room = 0
-        if framing == FRAMING_STREAM:
-            room = C_STREAM_BUFFER
-        elif framing == FRAMING_LOOPBACK:
-            room = C_LOOPBACK_BUFFER
         with self.gate:
-            free(self._in)
-            free(self._out)
-            self._in = self._out = NULL
-            self._in_room = room
-            if room:
-                self._in = <uint8_t *> calloc(1, room)
-                if self._in == NULL:
-                    raise MemoryError
-            if framing == FRAMING_STREAM:
-                self._out = <uint8_t *> calloc(1, room)
-                if self._out == NULL:
-                    raise MemoryError
-            self._in_head = self._in_tail = self._out_head = self._out_tail = 0
+            self._cable.attach(fd, framing, vnet_header_size)
             self._frame_length = 0
-            self._fd, self._framing, self._port_header = fd, framing, vnet_header_size
-            self.port_lost = False
             self._reported &= ~TROUBLE_PORT
         self.wake()
 
     def detach(self):
         """Let go of the port's fd; frames to it are dropped until another is attached."""
         with self.gate:
-            self._fd = -1
+            self._cable.detach()
             self._frame_length = 0
         self.wake()
 
@@ -188,8 +143,12 @@ cdef class DataPath:
         with self.gate:
             self.running = False
             self._frame_length = 0
-            if self._framing == FRAMING_LOOPBACK:
-                self._in_head = self._in_tail = 0
+            self._cable.forget()
+
+    @property
+    def port_lost(self):
+        """The port's peer has gone, or spoke nonsense."""
+        return bool(self._cable.lost)
 
     @property
     def event_fd(self):
@@ -289,7 +248,7 @@ cdef class DataPath:
         fds[0].events = POLLIN
         fds[0].revents = 0
         fds[1].events = self._awaited()
-        fds[1].fd = self._fd if fds[1].events else -1       # POLLHUP alone would make this a busy loop
+        fds[1].fd = self._cable.fd if fds[1].events else -1       # POLLHUP alone would make this a busy loop
         fds[1].revents = 0
         timeout.tv_sec = 0
         timeout.tv_nsec = timeout_ns
@@ -300,11 +259,11 @@ cdef class DataPath:
     cdef short _awaited(self) noexcept nogil:
         """The events at the port that would give a burst something to do; any other would make it spin."""
         cdef short events = 0
-        if not self.running or not self.bus_master or self.port_lost:
+        if not self.running or not self.bus_master or self._cable.lost:
             return 0
         if not self._rx_starved:
             events |= POLLIN
-        if self._tx_blocked or self._out_tail > self._out_head:
+        if self._tx_blocked or self._cable.backlog():
             events |= POLLOUT
         return events
 
@@ -318,7 +277,7 @@ cdef class DataPath:
             more = self._transmit()
         else:
             self._tx_blocked = False
-            self._flush()               # what was sent before goes out still
+            self._cable.flush()         # what was sent before goes out still
         self._rx_absent = not self.rx.ready()
         if not self._rx_absent:
             more = self._receive() or more
@@ -348,7 +307,7 @@ cdef class DataPath:
         """Raise the event for each trouble once."""
         cdef uint64_t one = 1
         cdef int news = ((TROUBLE_TX if self.tx._fault else 0) | (TROUBLE_RX if self.rx._fault else 0)
-                         | (TROUBLE_PORT if self.port_lost else 0))
+                         | (TROUBLE_PORT if self._cable.lost else 0))
         if news & ~self._reported:
             self._reported |= news
             write(self._event_fd, &one, sizeof(one))
@@ -365,12 +324,10 @@ cdef class DataPath:
     cdef bint _transmit(self) noexcept nogil:
         cdef int sent, done = 0
         cdef int got = 1
-        self._tx_blocked = False
         self.tx.refuses_kicks()
-        if self._out_tail > self._out_head and self._flush() == 0:
-            self._tx_blocked = (self._out_tail > self._out_head
-                                and C_STREAM_BUFFER - self._out_tail < STREAM_PREFIX + C_MAX_FRAME)
-        while done < C_BURST and not self._tx_blocked:
+        self._cable.flush()
+        self._tx_blocked = self._cable.full()
+        while done < BURST_FRAMES and not self._tx_blocked:
             got = self.tx.pop_chain(&self._chain)
             if got <= 0:
                 break
@@ -385,11 +342,10 @@ cdef class DataPath:
                 self._n.tx_dropped += 1
             self.tx.push_used(self._chain.head, 0)
             done += 1
-        if self._out_tail > self._out_head:
-            self._flush()
+        self._cable.flush()
         if done:
             self._complete(self.tx)
-        return done == C_BURST
+        return done == BURST_FRAMES
 
     cdef int _send(self) noexcept nogil:
         """Send the popped chain: 1 sent, 0 the port is full, -1 dropped."""
@@ -398,19 +354,17 @@ cdef class DataPath:
         cdef uint64_t length, skipped
         cdef int i, count
         cdef ssize_t wrote
-        if (c.readable_bytes < HEADER + ETHERNET or c.readable_bytes > HEADER + C_MAX_FRAME
-                or not self.link_up or self.port_lost):
+        if (c.readable_bytes < HEADER + ETHERNET or c.readable_bytes > HEADER + FRAME_LIMIT
+                or not self.link_up or self._cable.lost):
             return -1
         length = c.readable_bytes - HEADER
-        if self._framing != FRAMING_PACKETS:
+        if self._cable.framing != FRAMING_PACKETS:
             return self._send_copy()
-        if self._fd < 0:
-            return -1
         count = self.tx.vectors_of(c, 0, c.readable, DMA_READ, self._pieces, PIECES)
         if count < 0:
             return -1
         i = 0
-        if self._port_header == 0:
+        if self._cable.header_size == 0:
             skipped = 0
             while skipped < HEADER:
                 wrote = min(<uint64_t> (HEADER - skipped), self._pieces[i].iov_len)
@@ -424,25 +378,21 @@ cdef class DataPath:
                 return -1               # segmentation was not offered to this driver
             if header[0] & NEEDS_CSUM:
                 return self._send_copy()
-        while True:
-            wrote = writev(self._fd, &self._pieces[i], count - i)
-            if wrote >= 0:
-                break
-            if c_errno == EINTR:
-                continue
-            return 0 if c_errno == EAGAIN else -1
-        self._n.tx_frames += 1
-        self._n.tx_bytes += length
-        return 1
+        return self._sent(self._cable.send_pieces(&self._pieces[i], count - i), length)
+
+    cdef int _sent(self, int result, uint64_t length) noexcept nogil:
+        """Count a frame that has left."""
+        if result > 0:
+            self._n.tx_frames += 1
+            self._n.tx_bytes += length
+        return result
 
     cdef int _send_copy(self) noexcept nogil:
         """Send through memory of our own: streams, the loopback, checksums that the port cannot leave."""
         cdef Chain *c = &self._chain
         cdef uint32_t total = <uint32_t> c.readable_bytes, length = total - HEADER, done = 0
-        cdef uint8_t *target
         cdef uint8_t header[HEADER]
-        cdef uint8_t copy[HEADER + C_MAX_FRAME]
-        cdef ssize_t wrote
+        cdef uint8_t copy[HEADER + FRAME_LIMIT]
         cdef int i
         for i in range(c.readable):
             if self.dma.copy_in(copy + done, c.segment[i].address, c.segment[i].length) != FAULT_NONE:
@@ -452,77 +402,24 @@ cdef class DataPath:
         memcpy(header, copy, HEADER)
         if header[1] != 0:
             return -1
-        if header[0] & NEEDS_CSUM and not (self._framing == FRAMING_LOOPBACK and self.checksum_to_driver):
+        if header[0] & NEEDS_CSUM and not (self._cable.framing == FRAMING_LOOPBACK and self.checksum_to_driver):
             if not complete_checksum(copy + HEADER, length, _little16(header + 6), _little16(header + 8)):
                 return -1
             header[0] &= ~NEEDS_CSUM
-        if self._framing == FRAMING_PACKETS:
-            wrote = write(self._fd, copy + HEADER, length)
-            if wrote < 0:
-                return 0 if c_errno == EAGAIN else -1
-        elif self._framing == FRAMING_STREAM:
-            if self._fd < 0:
-                return -1
-            if C_STREAM_BUFFER - self._out_tail < STREAM_PREFIX + length:
-                if self._out_head:
-                    memmove(self._out, self._out + self._out_head, self._out_tail - self._out_head)
-                    self._out_tail -= self._out_head
-                    self._out_head = 0
-                if C_STREAM_BUFFER - self._out_tail < STREAM_PREFIX + length:
-                    return 0
-            target = self._out + self._out_tail
-            target[0], target[1] = length >> 24 & 255, length >> 16 & 255
-            target[2], target[3] = length >> 8 & 255, length & 255
-            memcpy(target + STREAM_PREFIX, copy + HEADER, length)
-            self._out_tail += STREAM_PREFIX + length
-        else:
-            if self._in_head == self._in_tail:
-                self._in_head = self._in_tail = 0
-            # Moved only for a good part of the room: a loopback that stays full would move it for each frame.
-            if self._in_room - self._in_tail < STREAM_PREFIX + total and self._in_head >= self._in_room // 4:
-                memmove(self._in, self._in + self._in_head, self._in_tail - self._in_head)
-                self._in_tail -= self._in_head
-                self._in_head = 0
-            if self._in_room - self._in_tail < STREAM_PREFIX + total:
-                return -1
-            memcpy(self._in + self._in_tail, &total, STREAM_PREFIX)
-            memcpy(self._in + self._in_tail + STREAM_PREFIX, header, HEADER)
-            memcpy(self._in + self._in_tail + STREAM_PREFIX + HEADER, copy + HEADER, length)
-            self._in_tail += STREAM_PREFIX + total
-        self._n.tx_frames += 1
-        self._n.tx_bytes += length
-        return 1
-
-    cdef int _flush(self) noexcept nogil:
-        """Write what waits for the stream's peer: 0, or -1 when the peer is gone."""
-        cdef ssize_t wrote
-        while self._out_head < self._out_tail:
-            if self._fd < 0:
-                break
-            wrote = write(self._fd, self._out + self._out_head, self._out_tail - self._out_head)
-            if wrote < 0:
-                if c_errno == EINTR:
-                    continue
-                if c_errno == EAGAIN:
-                    return 0
-                self.port_lost = True
-                break
-            self._out_head += wrote
-        self._out_head = self._out_tail = 0
-        return -1 if self.port_lost else 0
+        return self._sent(self._cable.send_frame(header, copy + HEADER, length), length)
 
     # --- receive
 
     cdef bint _receive(self) noexcept nogil:
         cdef int done = 0, published = 0, got
         self._rx_starved = False
-        while done < C_BURST:
+        while done < BURST_FRAMES:
             self._rx_seen = self.rx.available()
             if self._frame_length == 0:
                 if self._rx_seen == self.rx.last_avail:
                     self._rx_starved = True
                     break
-                got = self._fetch()
+                got = self._cable.fetch(self._frame, &self._frame_length)
                 if got <= 0:
                     break
             done += 1
@@ -552,77 +449,7 @@ cdef class DataPath:
             self._frame_length = 0
         if published:
             self._complete(self.rx)
-        return done == C_BURST
-
-    cdef int _fetch(self) noexcept nogil:
-        """Take one frame from the port into `_frame`: 1, 0 there is none, -1 the port is lost.
-
-        One without a whole Ethernet header is taken with the length 0.
-        """
-        cdef ssize_t got
-        cdef uint32_t total
-        if self._framing == FRAMING_LOOPBACK:
-            if self._in_head == self._in_tail:
-                return 0
-            memcpy(&total, self._in + self._in_head, STREAM_PREFIX)
-            memcpy(self._frame, self._in + self._in_head + STREAM_PREFIX, total)
-            self._in_head += STREAM_PREFIX + total
-            self._frame_length = total
-            return 1
-        if self._fd < 0 or self.port_lost:
-            return 0
-        if self._framing == FRAMING_STREAM:
-            return self._fetch_stream()
-        while True:
-            got = read(self._fd, self._frame + HEADER - self._port_header, C_MAX_FRAME + self._port_header)
-            if got >= 0 or c_errno != EINTR:
-                break
-        if got < 0:
-            if c_errno != EAGAIN:
-                self.port_lost = True
-                return -1
-            return 0
-        if got == 0:
-            self.port_lost = True
-            return -1
-        if got < self._port_header + ETHERNET:
-            return 1
-        if self._port_header == 0:
-            memset(self._frame, 0, HEADER)
-        self._frame_length = <uint32_t> got + HEADER - self._port_header
-        return 1
-
-    cdef int _fetch_stream(self) noexcept nogil:
-        cdef uint32_t have, length
-        cdef ssize_t got
-        while True:
-            have = self._in_tail - self._in_head
-            if have >= STREAM_PREFIX:
-                length = _big32(self._in + self._in_head)
-                if length > C_MAX_FRAME:
-                    self.port_lost = True       # there is no way back to a frame's beginning
-                    return -1
-                if have >= STREAM_PREFIX + length:
-                    self._in_head += STREAM_PREFIX + length
-                    if length < ETHERNET:
-                        return 1
-                    memset(self._frame, 0, HEADER)
-                    memcpy(self._frame + HEADER, self._in + self._in_head - length, length)
-                    self._frame_length = HEADER + length
-                    return 1
-            if self._in_room - self._in_tail < STREAM_PREFIX + C_MAX_FRAME:
-                memmove(self._in, self._in + self._in_head, have)
-                self._in_head, self._in_tail = 0, have
-            got = read(self._fd, self._in + self._in_tail, self._in_room - self._in_tail)
-            if got < 0:
-                if c_errno == EINTR:
-                    continue
-                if c_errno == EAGAIN:
-                    return 0
-            if got <= 0:
-                self.port_lost = True
-                return -1
-            self._in_tail += <uint32_t> got
+        return done == BURST_FRAMES
 
     cdef bint _takes_segments(self, uint8_t gso_type) noexcept nogil:
         """Whether the driver accepted such frames; a port may still hold some that the one before it did."""

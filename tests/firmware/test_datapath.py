@@ -15,8 +15,10 @@ from device._gate import Gate
 from device.dma import DmaWindows
 from device.interrupts._lines import MODE_MSIX, Lines
 from device.virtio._split import FAULTS, VirtQueue
-from firmware._datapath import BURST, LOOPBACK_BUFFER, MAX_FRAME, DataPath
+from firmware._cable import LOOPBACK_BUFFER
+from firmware._datapath import BURST, DataPath
 from firmware._filter import ReceiveFilter
+from firmware.ports._port import MAX_FRAME
 from tests.device.driver_side import DriverRing, GuestMemory
 
 OWN = bytes.fromhex("525400000001")

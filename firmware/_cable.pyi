@@ -1,0 +1,6 @@
+STREAM_BUFFER: int
+LOOPBACK_BUFFER: int
+
+class Cable:
+    def attach(self, fd: int, framing: int, header_size: int) -> None: ...
+    def detach(self) -> None: ...
