@@ -29,14 +29,6 @@ from firmware._cable cimport ETHERNET, FRAME_LIMIT, FRAMING_LOOPBACK, FRAMING_PA
 from firmware._filter cimport ReceiveFilter
 
 
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    short POLLIN
-    short POLLOUT
-
 cdef extern from "<sys/prctl.h>" nogil:
     int prctl(int, unsigned long)
     int PR_SET_TIMERSLACK
@@ -49,6 +41,12 @@ cdef extern from "<time.h>" nogil:
     int CLOCK_MONOTONIC
 
 cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    short POLLIN
+    short POLLOUT
     int ppoll(pollfd *, unsigned long, const timespec *, const void *)
 
 
