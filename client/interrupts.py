@@ -19,7 +19,7 @@ import trio
 
 from client.errors import ClientError
 from client.session import Session
-from protocol.vfio import IrqIndex, IrqSetFlags
+from protocol.vfio import IrqIndex, IrqInfoFlags, IrqSetFlags
 
 DISABLE_TIMEOUT: Final = 2.0
 """Seconds that a server gets to let go of the eventfds when their block ends by an exception or a
@@ -121,10 +121,15 @@ class IntxLine(Interrupt):
 
 
 async def wire(session: Session, index: IrqIndex, start: int, fds: Sequence[int]) -> None:
-    """Give the server the eventfds of vectors from `start` on, as many in a message as it takes."""
+    """Give the server the eventfds of vectors from `start` on, as many in a message as it takes.
+
+    A kind that does not grow (NORESIZE) is claimed whole before it is wired piece by piece.
+    """
     step = session.connection.peer.max_msg_fds
     if fds and not step:
         raise ClientError("the server takes no descriptors, so no interrupts can be wired")
+    if len(fds) > step and IrqInfoFlags.NORESIZE in session.irqs[index].flags:
+        await session.set_irqs(index, _WIRE, start, len(fds))
     for at in range(0, len(fds), step or 1):
         part = fds[at : at + step]
         await session.set_irqs(index, _WIRE, start + at, len(part), fds=part)

@@ -108,12 +108,28 @@ def _read_reply(asked: RegionAccess, body: RegionAccess, data: int) -> str | Non
 
 
 def _write_reply(asked: RegionAccess, body: RegionAccess, data: int) -> str | None:
+    if (body.offset, body.region) != (asked.offset, asked.region):
+        return f"REGION_WRITE of {asked.pretty()} answered for {body.pretty()}"
     if body.count > asked.count:
         return f"REGION_WRITE of {asked.count} bytes answered for {body.count}"
     return None
 
 
+def _unmap_reply(asked: DmaUnmap, body: DmaUnmap, data: int) -> str | None:
+    if (body.address, body.length) != (asked.address, asked.length):
+        return f"DMA_UNMAP of {asked.pretty()} answered for {body.pretty()}"
+    return None
+
+
+def _irq_info_reply(asked: IrqInfo, body: IrqInfo, data: int) -> str | None:
+    if body.index != asked.index:
+        return f"GET_IRQ_INFO of index {asked.index} answered for {body.index}"
+    return None
+
+
 REPLY_CHECKS: Final[dict[int, Callable[[Any, Any, int], str | None]]] = {
+    Command.DMA_UNMAP: _unmap_reply,
+    Command.DEVICE_GET_IRQ_INFO: _irq_info_reply,
     Command.REGION_READ: _read_reply,
     Command.REGION_WRITE: _write_reply,
 }

@@ -49,6 +49,25 @@ async def test_vectors_are_wired_in_as_many_messages_as_the_server_needs_and_tak
     assert open_fds() == before
 
 
+async def test_a_kind_that_does_not_grow_is_claimed_whole_before_it_is_wired_in_pieces() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            claim = await irqs(peer, MSI, EVENTFD | TRIGGER, 0, 20)
+            assert not claim.fds
+            for start, count in ((0, 8), (8, 8), (16, 4)):
+                message = await irqs(peer, MSI, EVENTFD | TRIGGER, start, count)
+                assert len(message.fds) == count
+                for fd in message.fds:
+                    os.close(fd)
+            await irqs(peer, MSI, NONE | TRIGGER, 0, 0)
+
+        nursery.start_soon(serve)
+        with trio.fail_after(5):
+            async with client.msi(session, 20):
+                pass
+
+
 async def test_a_vector_counts_what_was_not_heard() -> None:
     async with session_with() as (session, peer), trio.open_nursery() as nursery:
         wired = trio.Event()

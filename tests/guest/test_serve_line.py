@@ -25,7 +25,7 @@ async def test_the_printed_line_plugs_the_card_into_a_qemu_of_ones_own(
     with serving("--socket", tmp_path / "card.sock") as served:
         program, *arguments = shlex.split(served.said[-1])
         assert program == "qemu-system-x86_64"
-        command = [
+        command: list[str | Path] = [
             *guest_root.qemu(),
             *arguments,
             *("-cpu", "max", "-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio"),

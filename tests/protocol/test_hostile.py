@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from protocol import BadReply, Broken, Command, Connection, Limits, LocalProtocolError, Refused, Request, Role
 from protocol.limits import MAX_IRQS_PER_SET, MAX_VERSION_DATA
-from protocol.messages import DeviceInfo, RegionAccess
+from protocol.messages import DeviceInfo, DmaUnmap, IrqInfo, RegionAccess
+from protocol.vfio import DmaUnmapFlags
 from tests.protocol import wire
 from tests.protocol.wire import message, proposal, read_request, ready_client, ready_server, write_request
 
@@ -112,6 +113,35 @@ def test_nonsense_in_a_reply_fails_its_request_alone(payload: bytes) -> None:
     (event,) = client.receive(message(message_id, wire.REGION_READ, payload, flags=wire.REPLY))
     assert isinstance(event, BadReply)
     assert (event.command, event.message_id) == (Command.REGION_READ, message_id)
+    assert client.ready
+
+
+@pytest.mark.parametrize(
+    ("command", "asked", "answer"),
+    [
+        (Command.DMA_UNMAP, DmaUnmap(24, DmaUnmapFlags(0), 0x1000, 0x1000), (24, 0, 0x2000, 0x1000)),
+        (Command.DMA_UNMAP, DmaUnmap(24, DmaUnmapFlags(0), 0x1000, 0x1000), (24, 0, 0x1000, 0x2000)),
+        (Command.DEVICE_GET_IRQ_INFO, IrqInfo(16, index=1), (16, 1, 2, 4)),
+    ],
+)
+def test_a_reply_about_something_else_fails_its_request_alone(
+    command: Command, asked: DmaUnmap | IrqInfo, answer: tuple[int, ...]
+) -> None:
+    client = ready_client()
+    message_id, _ = client.request(command, asked)
+    payload = struct.pack("=IIQQ" if command is Command.DMA_UNMAP else "=IIII", *answer)
+    (event,) = client.receive(message(message_id, command, payload, flags=wire.REPLY))
+    assert isinstance(event, BadReply)
+    assert client.ready
+
+
+@pytest.mark.parametrize(("offset", "region"), [(1, 0), (0, 1)])
+def test_a_write_answered_for_another_place_fails_alone(offset: int, region: int) -> None:
+    client = ready_client()
+    message_id, _ = client.request(Command.REGION_WRITE, RegionAccess(0, 0, 4), b"abcd")
+    payload = struct.pack("=QII", offset, region, 4)
+    (event,) = client.receive(message(message_id, Command.REGION_WRITE, payload, flags=wire.REPLY))
+    assert isinstance(event, BadReply)
     assert client.ready
 
 
