@@ -90,10 +90,17 @@ async def _play() -> int:
 
 
 @asynccontextmanager
+@trio.lowlevel.enable_ki_protection
 async def _served(path: Path) -> AsyncIterator[None]:
-    """`trionic serve` in a child process; a `TrionicError` with its last words if it does not start."""
+    """`trionic serve` in a child process; a `TrionicError` with its last words if it does not start.
+
+    Ctrl-C waits for a checkpoint, so it cannot come between the child's birth and the promise to end it.
+    """
     command = [sys.executable, "-m", "trionic", "serve", "--log-level", "warning", "--socket", str(path)]
-    process = await trio.lowlevel.open_process(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    # In a session of its own: Ctrl-C is for the demonstration, which ends the server when it is done with it.
+    process = await trio.lowlevel.open_process(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+    )
     try:
         assert process.stdout is not None
         said = b""
@@ -107,9 +114,11 @@ async def _served(path: Path) -> AsyncIterator[None]:
         yield
     finally:
         process.terminate()
-        with trio.CancelScope(shield=True), trio.move_on_after(_FAREWELL_S):
-            await process.wait()
-        process.kill()
+        try:
+            with trio.CancelScope(shield=True), trio.move_on_after(_FAREWELL_S):
+                await process.wait()
+        finally:
+            process.kill()
 
 
 def _table(lines: list[_Line]) -> Table:
