@@ -1,7 +1,9 @@
 /* A peer that truncates memory it shares with us must hurt itself only.
  *
  * Touching a shared mapping beyond the end of its file raises SIGBUS. The handler here finds the mapping among those that were
- * registered, puts a private zero page under the faulting address and marks the mapping as lost; the access then completes.
+ * registered, puts private zero pages from the faulting address to the mapping's end, and marks the mapping as lost; the access
+ * then completes. All that is beyond one page without a file has none either, and to replace it at once costs one mapping: page by
+ * page, a peer could use up the process's mappings (vm.max_map_count), and the next fault would end it.
  * A fault anywhere else goes to whoever handled SIGBUS before.
  */
 #ifndef TRIONIC_SIGBUS_H
@@ -31,8 +33,10 @@ static void trionic_on_sigbus(int signo, siginfo_t *info, void *context)
         uintptr_t start = __atomic_load_n(&g->start, __ATOMIC_ACQUIRE);
         if (start == 0 || at < start || at >= g->end)
             continue;
-        void *page = (void *)(at & ~(g->page - 1));
-        if (mmap(page, g->page, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) == MAP_FAILED)
+        uintptr_t page = at & ~(g->page - 1);
+        size_t rest = (g->end - page + g->page - 1) & ~(g->page - 1);
+        if (mmap((void *)page, rest, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+            == MAP_FAILED)
             break;
         g->lost = 1;
         return;
