@@ -2,7 +2,6 @@
 
 import errno
 import os
-import select
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -30,17 +29,6 @@ def borrow(fd: int) -> int:
     except OSError as error:
         raise DeviceError(errno.EBADF, f"an interrupt needs an open eventfd: {error.strerror}") from error
     raise DeviceError(errno.EINVAL, f"an interrupt needs an eventfd, which fd {fd} is not")
-
-
-def signal(fd: int) -> None:
-    """Add one to the counter; a counter that is full stays so, for its owner has not read what is there.
-
-    Never blocks.
-    """
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    if poll.poll(0):
-        os.eventfd_write(fd, 1)
 
 
 def drain(fd: int) -> bool:

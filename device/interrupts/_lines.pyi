@@ -2,6 +2,9 @@ MODE_INTX: int
 MODE_MSI: int
 MODE_MSIX: int
 NO_VECTOR: int
+KERNEL_SIGNALS: bool
+
+def signal(fd: int) -> None: ...
 
 class Lines:
     mode: int

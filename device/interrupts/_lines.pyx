@@ -11,22 +11,25 @@ Nothing here locks: callers hold the card's gate.
 
 from libc.stdint cimport uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport calloc, free
-from posix.unistd cimport write
 
 
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd *, unsigned long, int)
-    short POLLOUT
+cdef extern from "_eventfd.h" nogil:
+    int trionic_eventfd_setup()
+    void trionic_eventfd_signal(int fd)
 
 MODE_INTX = 0
 MODE_MSI = 1
 MODE_MSIX = 2
 
 NO_VECTOR = 0xFFFF          # VIRTIO_MSI_NO_VECTOR
+
+KERNEL_SIGNALS = bool(trionic_eventfd_setup())      # whether signal() cannot wait, whatever a peer does meanwhile
+
+
+def signal(int fd):
+    """Add one to the eventfd `fd`; a counter that is full stays so, for its owner has not read what is there."""
+    with nogil:
+        trionic_eventfd_signal(fd)
 
 
 cdef class Lines:
@@ -50,18 +53,9 @@ cdef class Lines:
         free(self._pending)
 
     cdef void _signal(self, int fd) noexcept nogil:
-        """Add one to the eventfd, unless its counter is full: then the peer has a wake-up it has not read.
-
-        The file is the peer's as well and may be in blocking mode, so room is asked for first.
-        """
-        cdef uint64_t one = 1
-        cdef pollfd room
-        room.fd = fd
-        room.events = POLLOUT
-        room.revents = 0
+        """Add one to the eventfd, unless its counter is full: then the peer has a wake-up it has not read."""
         self.signals += 1
-        if poll(&room, 1, 0) == 1 and room.revents & POLLOUT:
-            write(fd, &one, sizeof(one))
+        trionic_eventfd_signal(fd)
 
     # --- message-signalled vectors
 

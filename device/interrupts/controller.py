@@ -12,8 +12,8 @@ import errno
 from collections.abc import Sequence
 
 from device.errors import DeviceError
-from device.interrupts._eventfd import borrow, release, signal
-from device.interrupts._lines import Lines
+from device.interrupts._eventfd import borrow, release
+from device.interrupts._lines import Lines, signal
 from device.interrupts.intx import Intx
 from device.interrupts.kinds import IrqFlags, IrqIndex, IrqKind
 from device.interrupts.msi import MsiBank
