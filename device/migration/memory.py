@@ -56,7 +56,7 @@ class MemorySource:
         return now != before
 
     def _runs(self) -> list[int]:
-        """Offsets, multiples of RUN, where pages exist or were sent: to read a hole would make pages of it."""
+        """Offsets, multiples of RUN, where pages exist or were sent: reading a hole would fill it."""
         runs = {offset - offset % RUN for offset in self._sent}
         position = 0
         while position < self._bar.size:
