@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
-    """One unsigned integer on the wire: `code` is its letter in the struct module."""
+    """One unsigned integer on the wire, or a fixed number of bytes: `code` is its letter in the struct
+    module.
+    """
 
     code: str
 
@@ -46,6 +48,7 @@ U8 = Annotated[int, Scalar("B")]
 U16 = Annotated[int, Scalar("H")]
 U32 = Annotated[int, Scalar("I")]
 U64 = Annotated[int, Scalar("Q")]
+Octets8 = Annotated[bytes, Scalar("8s")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +74,13 @@ class Record:
     _struct: ClassVar[struct.Struct]
     _values: ClassVar[Any]
     _convert: ClassVar[tuple[tuple[int, type[IntFlag]], ...]]
+    _octets: ClassVar[tuple[Field, ...]]
 
     def encode(self) -> bytes:
         """The record's bytes; raises ValueError if a value does not fit its field."""
+        for field in self._octets:
+            if len(getattr(self, field.name)) != field.size:
+                raise ValueError(f"{self!r} does not have {field.size} bytes of {field.name}")
         try:
             return self._struct.pack(*self._values(self))
         except struct.error as error:
@@ -104,6 +111,8 @@ class Record:
             value = getattr(self, field.name)
             if field.flags is not None:
                 text = field.flags(value).name or hex(value)
+            elif isinstance(value, bytes):
+                text = value.hex()
             else:
                 text = hex(value) if field.size == 8 else str(value)
             shown.append(f"{field.name}={text}")
@@ -133,15 +142,20 @@ def record(*, size: int) -> Callable[[type[R]], type[R]]:
         made._struct = struct.Struct(codes)
         made.size = made._struct.size
         made.layout = tuple(layout)
-        made._values = attrgetter(*(field.name for field in layout))
+        made._octets = tuple(field for field in layout if get_args(hints[field.name])[0] is bytes)
+        made._values = _getter(layout)
         made._convert = tuple((at, field.flags) for at, field in enumerate(layout) if field.flags is not None)
-        if len(layout) < 2:
-            raise TypeError(f"{cls.__name__} has fewer than two fields: give the number itself instead")
         if made.size != size:
             raise TypeError(f"{cls.__name__} is {made.size} bytes, declared as {size}")
         return made
 
     return declare
+
+
+def _getter(layout: list[Field]) -> Any:
+    """What gives a record's values in wire order; attrgetter gives a tuple for two names or more."""
+    values = attrgetter(*(field.name for field in layout))
+    return values if len(layout) > 1 else staticmethod(lambda record: (values(record),))
 
 
 def layout_table(cls: type[Record]) -> str:

@@ -1,7 +1,4 @@
-"""All commands of vfio-user as one table: who sends each, what it carries, and what answers it.
-
-A command that is not implemented yet has its row and no shape; both engines refuse it with EOPNOTSUPP.
-"""
+"""All commands of vfio-user as one table: who sends each, what it carries, and what answers it."""
 
 from __future__ import annotations
 
@@ -11,14 +8,19 @@ from typing import Final
 
 from protocol._fields import Record
 from protocol.messages import (
+    DeviceFeature,
     DeviceInfo,
+    DmaAccess,
     DmaMap,
     DmaUnmap,
     IrqInfo,
+    MigData,
     RegionAccess,
     RegionInfo,
+    RegionIoFds,
     SetIrqs,
     Version,
+    WriteMulti,
 )
 
 
@@ -85,11 +87,11 @@ EMPTY: Final = Part()
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A command's row. `sender` sends the request; `request` is None while the command is not implemented."""
+    """A command's row. `sender` sends the request."""
 
     command: Command
     sender: Role
-    request: Part | None = None
+    request: Part
     reply: Part = EMPTY
 
 
@@ -102,7 +104,7 @@ _C, _S = Role.CLIENT, Role.SERVER
 SHAPES: Final[dict[int, Shape]] = _table(
     Shape(Command.VERSION, _C, Part(Version, Tail.DATA), Part(Version, Tail.DATA, fds=True)),
     Shape(Command.DMA_MAP, _C, Part(DmaMap, Tail.IGNORED, fds=True)),
-    Shape(Command.DMA_UNMAP, _C, Part(DmaUnmap, Tail.IGNORED), Part(DmaUnmap, Tail.IGNORED)),
+    Shape(Command.DMA_UNMAP, _C, Part(DmaUnmap, Tail.DATA), Part(DmaUnmap, Tail.DATA)),
     Shape(Command.DEVICE_GET_INFO, _C, Part(DeviceInfo, Tail.IGNORED), Part(DeviceInfo, Tail.IGNORED)),
     Shape(
         Command.DEVICE_GET_REGION_INFO,
@@ -110,18 +112,23 @@ SHAPES: Final[dict[int, Shape]] = _table(
         Part(RegionInfo, Tail.IGNORED),
         Part(RegionInfo, Tail.DATA, fds=True),
     ),
-    Shape(Command.DEVICE_GET_REGION_IO_FDS, _C),
+    Shape(
+        Command.DEVICE_GET_REGION_IO_FDS,
+        _C,
+        Part(RegionIoFds, Tail.IGNORED),
+        Part(RegionIoFds, Tail.DATA, fds=True),
+    ),
     Shape(Command.DEVICE_GET_IRQ_INFO, _C, Part(IrqInfo, Tail.IGNORED), Part(IrqInfo, Tail.IGNORED)),
     Shape(Command.DEVICE_SET_IRQS, _C, Part(SetIrqs, Tail.DATA, fds=True)),
     Shape(Command.REGION_READ, _C, Part(RegionAccess), Part(RegionAccess, Tail.DATA)),
     Shape(Command.REGION_WRITE, _C, Part(RegionAccess, Tail.DATA), Part(RegionAccess)),
-    Shape(Command.DMA_READ, _S),
-    Shape(Command.DMA_WRITE, _S),
+    Shape(Command.DMA_READ, _S, Part(DmaAccess), Part(DmaAccess, Tail.DATA)),
+    Shape(Command.DMA_WRITE, _S, Part(DmaAccess, Tail.DATA), Part(DmaAccess)),
     Shape(Command.DEVICE_RESET, _C, EMPTY),
-    Shape(Command.REGION_WRITE_MULTI, _C),
-    Shape(Command.DEVICE_FEATURE, _C),
-    Shape(Command.MIG_DATA_READ, _C),
-    Shape(Command.MIG_DATA_WRITE, _C),
+    Shape(Command.REGION_WRITE_MULTI, _C, Part(WriteMulti, Tail.DATA), Part(WriteMulti)),
+    Shape(Command.DEVICE_FEATURE, _C, Part(DeviceFeature, Tail.DATA), Part(DeviceFeature, Tail.DATA)),
+    Shape(Command.MIG_DATA_READ, _C, Part(MigData, Tail.IGNORED), Part(MigData, Tail.DATA)),
+    Shape(Command.MIG_DATA_WRITE, _C, Part(MigData, Tail.DATA)),
 )
 
 

@@ -195,8 +195,6 @@ class Connection:
             reason = f"{command_name(number)} with more than {self.limits.max_msg_fds} descriptors"
         elif shape is None or shape.sender is self.role:
             reason = f"{command_name(number)} is not a request to a {self.role.value}"
-        elif shape.request is None:
-            errno, reason = EOPNOTSUPP, f"{shape.command.name} is not implemented"
         elif number == Command.VERSION:
             reason = "a second VERSION"
         elif flags & _ERROR:
@@ -326,7 +324,7 @@ class Connection:
         there is no answer and the id means nothing.
         """
         shape = SHAPES[command]
-        if shape.request is None or shape.sender is not self.role or command == Command.VERSION:
+        if shape.sender is not self.role or command == Command.VERSION:
             raise LocalProtocolError(EOPNOTSUPP, f"{command.name} cannot be sent by a {self.role.value}")
         content = self._content(shape, shape.request, body, data, fds)
         check = REQUEST_CHECKS.get(command)

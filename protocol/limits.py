@@ -1,7 +1,9 @@
-"""How much the engine takes from a peer, each limit with its reason.
+"""All that a peer may cost, each limit with its reason: first what the engine takes, then what the two shells
+(server and client) bear.
 
-The constants are the protocol's own or this project's defaults; `Limits` holds those that one connection
-may change, and is what a side announces in VERSION.
+The constants are the protocol's own or this project's defaults. `Limits` holds those that one connection
+may change, and is what a side announces in VERSION; `SessionLimits` holds those of one client's stay on a
+server.
 """
 
 from __future__ import annotations
@@ -53,6 +55,23 @@ MAX_IRQS_PER_SET: Final = 2048
 count would make the receiver build a list as long as the peer likes.
 """
 
+MAX_WRITE_SIZE: Final = 8
+"""Bytes of one write in REGION_WRITE_MULTI (spec, "Single Device Write Format")."""
+
+MAX_WRITES_PER_MESSAGE: Final = 200
+"""Writes in one REGION_WRITE_MULTI: what QEMU collects (hw/vfio-user, VFIO_USER_MULTI_MAX). The spec has no
+limit; each write may cost the device what a register access costs, and nobody else is served meanwhile.
+"""
+
+MAX_IO_FDS: Final = 512
+"""Sub-regions in one GET_REGION_IO_FDS reply: the queues of a card that uses every one of 256 pairs."""
+
+MAX_LOGGED_RANGES: Final = 256
+"""Ranges in one DMA_LOGGING_START: the kernel's own limit (drivers/vfio/vfio_main.c, LOG_MAX_RANGES)."""
+
+MAX_MESSAGE_HEAD: Final = 40
+"""Bytes that stand before bulk data in the longest case: DMA_UNMAP with the record of its dirty bitmap."""
+
 MAX_OUTSTANDING: Final = 4096
 """Requests without an answer yet. Beyond, the sender is not reading replies, and 16-bit message ids run
 short.
@@ -63,20 +82,128 @@ MAX_ERRNO: Final = 4095
 means EIO.
 """
 
+# quirks: what some peers can take (see protocol.quirks)
+
+MAX_WHOLE_MESSAGE: Final = 32 << 10
+"""Bytes of a message that reach a unix socket's other end in one piece, as one buffer (net/unix/af_unix.c,
+UNIX_SKB_FRAGS_SZ); for peers that read a body with one call.
+"""
+
+SMALL_REPLY: Final = 4096
+"""Bytes after the header that SPDK's client has room for, in every reply (lib/vfio_user/host)."""
+
+# both shells
+
+RECEIVE_SIZE: Final = 64 << 10
+"""Bytes taken from the socket at once: several hundred register accesses, or a large transfer in few
+pieces.
+"""
+
+# the server
+
+MAX_FDS_PER_MESSAGE: Final = 253
+"""Descriptors that one sendmsg can carry (SCM_MAX_FD, include/net/scm.h). There is room for all of them:
+with less the kernel would drop some silently, and a DMA window without its descriptor means something else
+than one with.
+"""
+
+DMA_DEADLINE: Final = 5.0
+"""Seconds that a client gets to answer DMA_READ or DMA_WRITE, as long as QEMU gives a server. A thread of the
+data path waits for it, and a client that is stopped in a debugger must not hold it for ever.
+"""
+
+MAX_DMA_UNANSWERED: Final = 64
+"""DMA messages without an answer, those that are given up included. Every thread of a device has one; more
+are owed by a client that answers none.
+"""
+
+MAX_KEPT: Final = 4 << 20
+"""Bytes of requests kept while the thread that would handle them waits for an answer to a DMA message:
+thousands of small ones, or the largest write three times. A client that says more without answering is
+dropped.
+"""
+
+KEPT_REQUEST: Final = 512
+"""Bytes that a kept request counts for beyond its data: about what its object takes."""
+
+KEPT_DESCRIPTOR: Final = 16 << 10
+"""Bytes that a descriptor of a kept request counts for: with 256 of them it is enough, lest they use up the
+process's descriptors.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """What one client may cost a server; times in seconds."""
+
+    version_deadline: float = 10.0
+    """A client that connects and does not say VERSION blocks the card for others; QEMU says it at once."""
+
+    send_deadline: float = 30.0
+    """A client that takes none of its replies for so long is dropped. Only one that sends many requests
+    without reading gets here: the replies to one fit into the socket's buffer.
+    """
+
+    tellings: int = 20
+    """Log entries of refused requests: a client must not fill a disk with them."""
+
+    messages_per_turn: int = 64
+    """Messages answered before other cards in the same thread get their turn."""
+
+    dma_deadline: float = DMA_DEADLINE
+    """A DMA_READ or DMA_WRITE that is not answered within it has failed."""
+
+
+# the client
+
+MAX_QUEUED: Final = 1 << 20
+"""Bytes that wait for a slow server before callers must wait as well; one request of the largest usual
+size.
+"""
+
+READS_PER_TURN: Final = 16
+"""How often the socket is read before other tasks get their turn, however much the server says."""
+
+FIRST_ARGSZ: Final = 512
+"""Bytes allowed in the first question about a region: enough for 29 sparse areas."""
+
+MAX_REGIONS: Final = 100
+"""Regions of a device; more is a malign server's (QEMU draws the same line)."""
+
+MAX_IRQS: Final = 50
+"""Kinds of interrupts of a device; more is a malign server's (QEMU draws the same line)."""
+
+MAX_QUESTIONS: Final = 4
+"""Times a region is asked for with more room; an honest server needs two."""
+
+BUSY_RETRY: Final = 0.01
+"""Seconds until a listener with a full backlog is tried again; unix sockets cannot be waited for there."""
+
+UNMAP_TIMEOUT: Final = 2.0
+"""Seconds that a server gets to let go of a window when its block ends by an exception or a cancellation."""
+
+DISABLE_TIMEOUT: Final = 2.0
+"""Seconds that a server gets to let go of the eventfds when their block ends by an exception or a
+cancellation.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What this side accepts, announced as capabilities in VERSION.
 
     `max_msg_fds`: descriptors in one message; `max_data_xfer_size`: bytes of data in one read or write;
-    `max_dma_maps`: DMA windows at a time; `pgsizes`: mask of page sizes of DMA windows. Raises ValueError
-    where a known peer would refuse the value.
+    `max_dma_maps`: DMA windows at a time; `pgsizes`: mask of page sizes of DMA windows; `write_multiple`:
+    whether REGION_WRITE_MULTI is spoken; `twin_socket`: whether the server's commands may have a socket of
+    their own. Raises ValueError where a known peer would refuse the value.
     """
 
     max_msg_fds: int = MAX_MSG_FDS
     max_data_xfer_size: int = DEFAULT_MAX_DATA_XFER_SIZE
     max_dma_maps: int = DEFAULT_MAX_DMA_MAPS
     pgsizes: int = DEFAULT_PGSIZES
+    write_multiple: bool = True
+    twin_socket: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_msg_fds <= MAX_MSG_FDS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum, IntFlag
+from typing import Final
 
 
 class DeviceFlags(IntFlag):
@@ -53,7 +54,9 @@ class DmaMapFlags(IntFlag):
 
 
 class DmaUnmapFlags(IntFlag):
-    """VFIO_DMA_UNMAP_FLAG_*; the spec's text calls the field unused, QEMU sends ALL."""
+    """VFIO_DMA_UNMAP_FLAG_*; the spec's text calls the field unused, QEMU sends ALL, libvfio-user takes
+    both.
+    """
 
     GET_DIRTY_BITMAP = 1 << 0
     ALL = 1 << 1
@@ -89,3 +92,69 @@ class RegionCapability(IntEnum):
     SPARSE_MMAP = 1
     TYPE = 2
     MSIX_MAPPABLE = 3
+
+
+class IoFdType(IntEnum):
+    """VFIO_USER_IO_FD_TYPE_*: how a sub-region's descriptor is told of an access."""
+
+    IOEVENTFD = 0
+    IOREGIONFD = 1
+
+
+class IoEventFdFlags(IntFlag):
+    """KVM_IOEVENTFD_FLAG_* (linux/kvm.h)."""
+
+    DATAMATCH = 1 << 0
+    PIO = 1 << 1
+    DEASSIGN = 1 << 2
+    VIRTIO_CCW_NOTIFY = 1 << 3
+
+
+class IoRegionFdFlags(IntFlag):
+    """KVM_IOREGION_*: of a kernel series that was never merged, as the spec names them."""
+
+    PIO = 1 << 0
+    POSTED_WRITES = 1 << 1
+
+
+FEATURE_MASK: Final = 0xFFFF
+"""VFIO_DEVICE_FEATURE_MASK: the bits of DEVICE_FEATURE's flags that are a `Feature`."""
+
+
+class FeatureFlags(IntFlag):
+    """VFIO_DEVICE_FEATURE_*: what to do with the feature whose number is in `FEATURE_MASK`."""
+
+    GET = 1 << 16
+    SET = 1 << 17
+    PROBE = 1 << 18
+
+
+class Feature(IntEnum):
+    """VFIO_DEVICE_FEATURE_*: those that vfio-user has (spec, "Device Features")."""
+
+    MIGRATION = 1
+    MIG_DEVICE_STATE = 2
+    DMA_LOGGING_START = 6
+    DMA_LOGGING_STOP = 7
+    DMA_LOGGING_REPORT = 8
+
+
+class MigrationFlags(IntFlag):
+    """VFIO_MIGRATION_*: which states a device has beyond RUNNING and ERROR."""
+
+    STOP_COPY = 1 << 0
+    P2P = 1 << 1
+    PRE_COPY = 1 << 2
+
+
+class DeviceState(IntEnum):
+    """VFIO_DEVICE_STATE_* (enum vfio_device_mig_state); the two with P2P are not used in vfio-user."""
+
+    ERROR = 0
+    STOP = 1
+    RUNNING = 2
+    STOP_COPY = 3
+    RESUMING = 4
+    RUNNING_P2P = 5
+    PRE_COPY = 6
+    PRE_COPY_P2P = 7
