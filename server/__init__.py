@@ -11,7 +11,7 @@ from server.errors import ServerError, SocketBusyError, SocketPathError
 from server.listener import Listener
 
 if TYPE_CHECKING:
-    from server.limits import SessionLimits
+    from protocol.limits import SessionLimits
     from server.serving import serve
     from server.session import Session
 
@@ -25,7 +25,7 @@ __all__ = [
     "serve",
 ]
 
-_LATER = {"Session": "server.session", "SessionLimits": "server.limits", "serve": "server.serving"}
+_LATER = {"Session": "server.session", "SessionLimits": "protocol.limits", "serve": "server.serving"}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ class Outcome(IntEnum):
 class Drain:
     direct: bool
     credit: int
+    held: bool
     def __init__(
         self,
         fd: int,

@@ -7,6 +7,10 @@ Everything else, and everything that looks wrong in any way, goes from its first
 there is one place only that refuses a message.
 
 Nothing here blocks. At most one reply waits to be sent; until it is, nothing more is taken from the socket.
+
+A handler may call `run` and `take` of the drain that called it, with `direct` off: so a handler that waits for
+an answer of the client gets it, and whatever stands before it in the stream. `credit` 0 then makes the outer
+`run` come back as soon as the handler's own reply is sent.
 """
 
 from cpython.bytearray cimport PyByteArray_AS_STRING
@@ -19,9 +23,8 @@ from libc.string cimport memcpy, memset
 from enum import IntEnum
 
 from protocol import Command
-from protocol.limits import HEADER_SIZE
+from protocol.limits import HEADER_SIZE, MAX_FDS_PER_MESSAGE, RECEIVE_SIZE
 from protocol.messages import Header, HeaderFlags, RegionAccess
-from server.limits import MAX_FDS_PER_MESSAGE, RECEIVE_SIZE
 
 cdef extern from "<sys/uio.h>" nogil:
     struct iovec:
@@ -147,6 +150,8 @@ cdef class Drain:
     """
     cdef public long credit
     """Messages that may still be handled before others get their turn."""
+    cdef public bint held
+    """Whether a message of somebody else is partly sent: replies are then left to `take_unsent`."""
 
     def __init__(self, int fd, read, write, failed, *, long poll_us=0):
         self._fd = fd
@@ -164,6 +169,7 @@ cdef class Drain:
         self._unsent = b""
         self.direct = False
         self.credit = 0
+        self.held = False
 
     def run(self):
         """Take and answer until something else is to be done; raises OSError if the socket fails."""
@@ -334,7 +340,9 @@ cdef class Drain:
         return self._send(reply_size)
 
     cdef int _send(self, size_t size) except -1:
-        cdef ssize_t sent = send(self._fd, self._reply, size, MSG_DONTWAIT | MSG_NOSIGNAL)
+        cdef ssize_t sent = 0
+        if not self.held:
+            sent = send(self._fd, self._reply, size, MSG_DONTWAIT | MSG_NOSIGNAL)
         if sent == <ssize_t>size:
             return EMPTY
         if sent < 0:

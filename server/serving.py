@@ -10,7 +10,7 @@ from pathlib import Path
 import trio
 
 from device.function import PciFunction
-from server.limits import SessionLimits
+from protocol.limits import SessionLimits
 from server.listener import Listener
 from server.session import Session
 

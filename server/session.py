@@ -7,49 +7,39 @@ the rest is done here. Guarantees:
 - Requests are handled in the order in which they came, each before the next one is looked at.
 - No descriptor that a client sent outlives the handling of its message, unless the device made its own
   copy.
-- At most one reply waits to be sent; while it waits nothing more is read, so a client that does not read
-  its replies is held by its own requests, and dropped after a while.
+- While something waits to be sent nothing more is read, so a client that does not read its replies is held
+  by its own requests, and dropped after a while.
+- A handler that reads the client's memory by message before it answers sees only the answer to that; what
+  the client asks for meanwhile is kept, up to a limit, and handled afterwards (see `_remote`).
 - However the stay ends, the function is reset with `ResetKind.LOST_CLIENT` if the client had come to terms.
+  The specification would have the device's state kept for a client that comes back; but nobody can tell
+  whether the next client is the same one, and a stranger must not find what another guest left behind.
 """
 
 from __future__ import annotations
 
-import array
 import errno
-import fcntl
 import logging
-import os
 import socket
-import sys
-import termios
 from collections import deque
-from collections.abc import Iterable, Sequence
-from typing import Final
+from collections.abc import Sequence
 
 import trio
 
 from device.errors import DeviceError
 from device.function import PciFunction, ResetKind
 from protocol import Broken, Connection, Event, Negotiated, Refused, Request, Role, command_name
+from protocol.limits import KEPT_DESCRIPTOR, KEPT_REQUEST, MAX_KEPT, SessionLimits
+from server._descriptors import close_all
 from server._drain import Drain, Outcome
+from server._remote import Answered, ByMessage, InBandMemory, TwinMemory
 from server._resample import Resample
+from server._wire import ClientDroppedError, ClientLeftError, Wire, gone
 from server.dispatch import handle
-from server.limits import SessionLimits
 
 __all__ = ["Session"]
 
 log = logging.getLogger("trionic.server")
-
-# How the socket reports that the client is gone, whichever way it went.
-_GONE: Final = frozenset({errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN, errno.ESHUTDOWN, errno.ETIMEDOUT})
-
-
-class _ClientLeftError(Exception):
-    """The client hung up, as every client does in the end."""
-
-
-class _ClientDroppedError(Exception):
-    """The client is hung up on, for the reason told."""
 
 
 class Session:
@@ -73,6 +63,11 @@ class Session:
         self._drain = Drain(
             client.fileno(), function.region_read, function.region_write, self._failed, poll_us=poll_us
         )
+        self._wire = Wire(client, self._limits.send_deadline)
+        self._events: deque[Event] = deque()
+        self._memory: ByMessage | None = None
+        self._asleep = False
+        self._kept_too_much = False
         self._patience = trio.CancelScope(deadline=trio.current_time() + self._limits.version_deadline)
         self._negotiated = False
         self._tellings_left = self._limits.tellings
@@ -85,9 +80,9 @@ class Session:
                     self._resample = Resample(self._function, nursery)
                     try:
                         await self._serve()
-                    except _ClientLeftError:
+                    except ClientLeftError:
                         log.info("%s: client left", self._function.name)
-                    except _ClientDroppedError as reason:
+                    except ClientDroppedError as reason:
                         log.warning("%s: client dropped: %s", self._function.name, reason)
                     finally:
                         nursery.cancel_scope.cancel()
@@ -97,7 +92,14 @@ class Session:
             self._end()
 
     def _end(self) -> None:
-        _close_all(self._engine.close())
+        if self._memory is not None:
+            self._memory.close()
+            if hasattr(self._function.dma, "remote"):  # LATER
+                with self._function.gate:
+                    self._function.dma.remote = None
+        for event in self._events:
+            close_all(event.fds)
+        close_all(self._engine.close())
         self._socket.close()
         if self._negotiated:
             self._function.reset(ResetKind.LOST_CLIENT)
@@ -106,74 +108,167 @@ class Session:
         drain = self._drain
         drain.credit = self._limits.messages_per_turn
         while True:
+            if self._wire.busy:
+                await self._flush()
+            if self._events:
+                await self._work_off()
             try:
                 outcome = drain.run()
             except OSError as error:
-                raise _gone(error) from None
+                raise gone(error) from None
             if outcome == Outcome.OTHER:
-                await self._take(*drain.take())
+                self._understand(*drain.take())
             elif outcome == Outcome.BLOCKED:
-                await self._send_rest(drain.take_unsent(), ())
+                self._wire.put(drain.take_unsent())
             elif outcome == Outcome.GONE:
-                raise _ClientLeftError
+                raise ClientLeftError
             else:
-                if outcome == Outcome.EMPTY:
-                    await trio.lowlevel.wait_readable(self._socket)
-                else:
+                if outcome == Outcome.TURN:
                     await trio.lowlevel.checkpoint()
+                else:
+                    self._asleep = True
+                    try:
+                        await trio.lowlevel.wait_readable(self._socket)
+                    except trio.ClosedResourceError:
+                        pass  # `_attend`: it is not closed, but there is something to do
+                    finally:
+                        self._asleep = False
                 drain.credit = self._limits.messages_per_turn
 
-    async def _take(self, data: memoryview, fds: Sequence[int], fds_lost: bool) -> None:
-        events = deque(self._engine.receive(data, fds, fds_lost=fds_lost))
-        try:
-            if self._engine.closed:
-                self._break(events)
-            while events:
-                event = events.popleft()
-                try:
-                    reply, reply_fds = self._answer(event)
-                finally:
-                    _close_all(event.fds)
-                if reply:
-                    await self._send(reply, reply_fds)
-                self._drain.credit -= 1
-                if self._drain.credit <= 0:
-                    await trio.lowlevel.checkpoint()
-                    self._drain.credit = self._limits.messages_per_turn
-        finally:
-            for event in events:
-                _close_all(event.fds)
-        self._drain.direct = self._engine.ready and self._engine.at_boundary
+    # --- what the client says
 
-    def _break(self, events: Iterable[Event]) -> None:
-        """The client broke the protocol: tell it, if its message can be answered, and let go of it."""
-        for event in events:
-            if isinstance(event, Broken):
-                if event.farewell:
-                    self._try_to_send(event.farewell, ())
-                raise _ClientDroppedError(event.error)
+    def _understand(self, data: memoryview, fds: Sequence[int], fds_lost: bool) -> None:
+        """Give answers to who waits for them, and put the rest where its turn will come."""
+        for event in self._engine.receive(data, fds, fds_lost=fds_lost):
+            if isinstance(event, Answered):
+                close_all(event.fds)
+                if self._memory is not None:
+                    self._memory.answered(event)
+            else:
+                self._events.append(event)
+        self._direct()
 
-    def _answer(self, event: Event) -> tuple[bytes, Sequence[int]]:
+    def _direct(self) -> None:
+        """Let the drain answer whenever nothing is before what it takes."""
+        self._drain.direct = not self._events and self._engine.ready and self._engine.at_boundary
+
+    async def _work_off(self) -> None:
+        """Handle what was understood, one after the other."""
+        while self._events:
+            self._leave_if_broken()
+            event = self._events.popleft()
+            try:
+                await self._answer(event)
+            finally:
+                close_all(event.fds)
+            self._drain.credit -= 1
+            if self._drain.credit <= 0:
+                await trio.lowlevel.checkpoint()
+                self._drain.credit = self._limits.messages_per_turn
+        self._direct()
+
+    async def _answer(self, event: Event) -> None:
         match event:
             case Request():
-                return self._handle(event)
+                await self._send(*self._handle(event))
             case Refused():
                 self._tell("%s: %s", self._function.name, event.reason)
-                return self._engine.error(event, event.errno), ()
+                await self._send(self._engine.error(event, event.errno))
             case Negotiated():
-                self._negotiated = True
-                self._patience.deadline = float("inf")
-                return event.reply, ()
+                await self._agree(event)
             case _:
-                return b"", ()  # a server asks for nothing, so no reply is its
+                pass  # nothing is posted by a server, so there are no strays
 
     def _handle(self, request: Request) -> tuple[bytes, Sequence[int]]:
         try:
             answer = handle(self._function, request, send_fds=self._engine.peer.max_msg_fds > 0)
             self._resample.follow(request)
         except Exception as error:
-            return self._engine.error(request, self._failed(request.command, error)), ()
+            refusal = self._failed(request.command, error)
+            return b"" if self._engine.closed else self._engine.error(request, refusal), ()
+        if self._engine.closed:
+            return b"", ()  # it broke the protocol while the handler waited for its memory
         return self._engine.reply(request, answer.body, answer.data, answer.fds), answer.fds
+
+    async def _send(self, message: bytes, fds: Sequence[int] = ()) -> None:
+        """Send the whole message, b"" for none."""
+        if message:
+            self._wire.put(message, fds)
+        if self._wire.busy:
+            await self._flush()
+
+    async def _flush(self) -> None:
+        await self._wire.flush()
+        self._drain.held = False
+
+    def _leave_if_broken(self) -> None:
+        """The client broke the protocol: tell it, if its message can be answered, and let go of it."""
+        if self._kept_too_much:
+            raise ClientDroppedError("it asks for much and does not answer")
+        if self._engine.closed:
+            for event in self._events:
+                if isinstance(event, Broken):
+                    if event.farewell:
+                        self._wire.put(event.farewell)
+                    raise ClientDroppedError(event.error)
+
+    # --- the client's memory
+
+    def _pull(self) -> bool:
+        """Within a handler: take in what has come. Requests are kept."""
+        if self._engine.closed or self._kept_too_much:
+            raise ClientDroppedError
+        self._drain.direct = False
+        self._drain.credit = 1
+        before = len(self._events)
+        try:
+            outcome = self._drain.run()
+        except OSError as error:
+            raise gone(error) from None
+        if outcome == Outcome.GONE:
+            raise ClientLeftError
+        if outcome == Outcome.OTHER:
+            self._understand(*self._drain.take())
+            if len(self._events) > before:
+                self._kept_too_much = sum(map(_cost, self._events)) > MAX_KEPT
+        return outcome == Outcome.OTHER
+
+    def _attend(self) -> None:
+        """Something was put aside, to be sent or to be handled: see to it before anything else is done."""
+        self._drain.held = self._wire.busy
+        self._drain.credit = 0
+        self._direct()
+        if self._asleep and (self._wire.busy or self._events):
+            trio.lowlevel.notify_closing(self._socket)
+
+    async def _agree(self, event: Negotiated) -> None:
+        """The client has come to terms: answer it, and let the device reach its memory from then on."""
+        self._negotiated = True
+        self._patience.deadline = float("inf")
+        deadline = self._limits.dma_deadline
+        if getattr(event, "twin", False):  # LATER
+            try:
+                ours, theirs = socket.socketpair()
+            except OSError as error:
+                raise ClientDroppedError(f"no second socket for it: {error.strerror}") from None
+            with theirs:
+                self._memory = TwinMemory(self._engine.twin(), ours, deadline)
+                await self._send(event.reply, (theirs.fileno(),))
+        else:
+            await self._send(event.reply)
+            self._memory = InBandMemory(
+                self._engine,
+                deadline,
+                wire=self._wire,
+                fd=self._socket.fileno(),
+                pull=self._pull,
+                attend=self._attend,
+            )
+        most = min(self._engine.limits.max_data_xfer_size, event.peer.max_data_xfer_size)
+        if most > 0 and hasattr(self._function.dma, "remote"):  # LATER
+            with self._function.gate:
+                self._function.dma.remote_limit = most
+                self._function.dma.remote = self._memory
 
     def _failed(self, command: int, error: Exception) -> int:
         """The errno that tells the client of ``error``: the device's refusal, or a mistake in its code."""
@@ -191,55 +286,8 @@ class Session:
             if self._tellings_left == 0:
                 log.warning("%s: no more of this client is told", self._function.name)
 
-    async def _send(self, message: bytes, fds: Sequence[int]) -> None:
-        """Send the whole message; the descriptors go with its first byte."""
-        sent = self._try_to_send(message, fds)
-        if sent < len(message):
-            await self._send_rest(message[sent:], () if sent else fds)
 
-    async def _send_rest(self, rest: bytes, fds: Sequence[int]) -> None:
-        """Wait for the client to take what its socket did not, as long as it takes anything at all."""
-        while rest:
-            await self._wait_writable()
-            sent = self._try_to_send(rest, fds)
-            if sent:
-                rest, fds = rest[sent:], ()
-
-    async def _wait_writable(self) -> None:
-        untaken = _untaken(self._socket)
-        while True:
-            with trio.move_on_after(self._limits.send_deadline) as deadline:
-                await trio.lowlevel.wait_writable(self._socket)
-            if not deadline.cancelled_caught:
-                return
-            # Linux reports a unix socket as writable only when most of its buffer is free, so a client that
-            # reads slowly is known by what is left there alone.
-            before, untaken = untaken, _untaken(self._socket)
-            if untaken >= before:
-                raise _ClientDroppedError("it takes no replies")
-
-    def _try_to_send(self, message: bytes | memoryview, fds: Sequence[int]) -> int:
-        """How many bytes the socket takes now."""
-        try:
-            if fds:
-                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
-                return self._socket.sendmsg((message,), (rights,), socket.MSG_NOSIGNAL)
-            return self._socket.send(message, socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            raise _gone(error) from None
-
-
-def _untaken(client: socket.socket) -> int:
-    """Bytes sent that the client has not taken (unix(7), SIOCOUTQ)."""
-    return int.from_bytes(fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-
-
-def _close_all(fds: Iterable[int]) -> None:
-    for fd in fds:
-        os.close(fd)
-
-
-def _gone(error: OSError) -> _ClientLeftError | _ClientDroppedError:
-    return _ClientLeftError() if error.errno in _GONE else _ClientDroppedError(error.strerror)
+def _cost(event: Event) -> int:
+    """What it takes to keep the event, in bytes."""
+    data = len(event.data) if isinstance(event, Request) else 0
+    return KEPT_REQUEST + data + KEPT_DESCRIPTOR * len(event.fds)

@@ -15,7 +15,7 @@ from device.errors import DeviceError
 from protocol import Connection, Negotiated, Refused, Request, Role
 from protocol.messages import RegionAccess
 from server._drain import Drain, Outcome
-from server.limits import RECEIVE_SIZE, SessionLimits
+from protocol.limits import RECEIVE_SIZE, SessionLimits
 from tests.server.raw import ERROR, GET_INFO, NO_REPLY, REGION_READ, REGION_WRITE, access, message, version
 from tests.server.world import world
 

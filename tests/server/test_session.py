@@ -419,7 +419,7 @@ async def test_a_client_that_takes_no_replies_is_dropped(
         await client.send(flood())
         await served.client()
         assert trio.current_time() - start == 7
-    assert "it takes no replies" in caplog.text
+    assert "it takes no messages" in caplog.text
 
 
 async def test_a_client_that_takes_replies_slowly_is_kept(

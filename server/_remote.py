@@ -1,0 +1,265 @@
+"""The client's memory by message: DMA_READ and DMA_WRITE, for whatever thread of the device needs them.
+
+There are two roads. With a twin socket any thread sends and waits there itself. Without one all messages go
+over the session's own socket: a worker thread hands its request to the trio thread and waits; the trio thread
+itself, in a handler that reads memory before it answers, reads on from the socket until its reply is there,
+and what the client asks for meanwhile keeps its order and is handled afterwards. Guarantees:
+
+- Nobody waits longer than the deadline (ETIMEDOUT); an answer that comes later is dropped.
+- When the session ends everybody who waits has ENOTCONN at once, and so has everybody who asks later.
+- A client that answers with something else than was asked for is EIO; its own refusal is its errno.
+
+Whoever asks must not hold the gate: the trio thread may need it before it can see the answer.
+"""
+
+from __future__ import annotations
+
+import math
+import select
+import socket
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future
+from errno import EBUSY, EIO, ENOTCONN, ETIMEDOUT
+
+import trio
+
+from device.errors import DeviceError
+from protocol import BadReply, Command, Connection, ErrorReply, LocalProtocolError, Refused, Reply
+from protocol.limits import MAX_DMA_UNANSWERED, MAX_FDS_PER_MESSAGE, RECEIVE_SIZE
+from protocol.messages import DmaAccess
+from server._descriptors import close_all
+from server._wire import ClientDroppedError, ClientLeftError, Wire, gone
+
+__all__ = ["Answered", "ByMessage", "InBandMemory", "TwinMemory"]
+
+Answered = Reply | ErrorReply | BadReply
+"""What the engine says of a request that is over."""
+
+_Answer = Future[Reply]
+
+
+class ByMessage(ABC):
+    """What both roads have in common. `read` and `write` may be called by any thread."""
+
+    def __init__(self, engine: Connection, deadline: float) -> None:
+        self._engine = engine
+        self._deadline = deadline
+        self._answers: dict[tuple[int, Command], _Answer] = {}
+
+    def read(self, iova: int, length: int) -> bytes:
+        """The client's ``length`` bytes at ``iova``; DeviceError as the module says, or what the client
+        refuses with.
+        """
+        data = self._ask(Command.DMA_READ, DmaAccess(iova, length), b"").data
+        if len(data) != length:
+            raise DeviceError(EIO, f"DMA_READ of {length} bytes at {iova:#x} answered with {len(data)}")
+        return data
+
+    def write(self, iova: int, data: bytes) -> None:
+        """Write to the client's memory and wait until it is there; errors as those of `read`."""
+        self._ask(Command.DMA_WRITE, DmaAccess(iova, len(data)), data)
+
+    def answered(self, event: Answered) -> None:
+        """Tell who asked, if he still waits."""
+        answer = self._answers.pop((event.message_id, event.command), None)
+        if answer is None or answer.done():
+            return
+        if isinstance(event, Reply):
+            answer.set_result(event)
+        elif isinstance(event, ErrorReply):
+            answer.set_exception(DeviceError(event.errno, f"the client refuses {event.command.name}"))
+        else:
+            answer.set_exception(DeviceError(EIO, event.reason))
+
+    @abstractmethod
+    def close(self) -> None:
+        """The session is over; called by the trio thread, which alone makes and ends sessions."""
+
+    @abstractmethod
+    def _ask(self, command: Command, body: DmaAccess, data: bytes) -> Reply: ...
+
+    def _put(self, wire: Wire, answer: _Answer, command: Command, body: DmaAccess, data: bytes) -> None:
+        """Make the request and give it to the wire."""
+        if self._engine.outstanding >= MAX_DMA_UNANSWERED:
+            raise DeviceError(EBUSY, f"the client owes {MAX_DMA_UNANSWERED} answers already")
+        try:
+            message_id, message = self._engine.request(command, body, data)
+        except LocalProtocolError as error:
+            raise DeviceError(error.errno, error.reason) from None
+        self._answers[message_id, command] = answer
+        wire.put(message)
+
+    def _wait(self, wire: Wire, fd: int, answer: _Answer, pull: Callable[[], bool], until: float) -> Reply:
+        """Send and receive in this thread until the answer is there; ``pull`` takes what has come."""
+        while True:
+            busy = wire.push()
+            heard = pull()
+            if answer.done():
+                return answer.result()
+            left = until - time.monotonic()
+            if left <= 0:
+                raise _late()
+            if not heard:
+                readiness = select.poll()
+                readiness.register(fd, select.POLLIN | (select.POLLOUT if busy else 0))
+                readiness.poll(math.ceil(left * 1000))
+
+
+class TwinMemory(ByMessage):
+    """Over ``ours``, our end of the second socket, which this object owns; one access at a time.
+
+    A client that breaks off this socket, or breaks the protocol on it, keeps its session: only its memory
+    cannot be reached any more.
+    """
+
+    def __init__(self, engine: Connection, ours: socket.socket, deadline: float) -> None:
+        super().__init__(engine, deadline)
+        ours.setblocking(False)
+        self._socket = ours
+        self._wire = Wire(ours, deadline)
+        self._turn = threading.Lock()
+        self._closed = False
+
+    def close(self) -> None:
+        """See the base class. Whoever waits on the socket is woken by its end."""
+        self._closed = True
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the client's end is gone already, which wakes as well
+        with self._turn:
+            close_all(self._engine.close())
+            self._socket.close()
+
+    def _ask(self, command: Command, body: DmaAccess, data: bytes) -> Reply:
+        until = time.monotonic() + self._deadline
+        if not self._turn.acquire(timeout=self._deadline):
+            raise _late()
+        try:
+            if self._closed or self._engine.closed:
+                raise _nobody()
+            answer = _Answer()
+            self._put(self._wire, answer, command, body, data)
+            return self._wait(self._wire, self._socket.fileno(), answer, self._pull, until)
+        except (ClientLeftError, ClientDroppedError):
+            self._closed = True
+            raise _nobody() from None
+        finally:
+            self._turn.release()
+
+    def _pull(self) -> bool:
+        try:
+            data, fds, flags, _ = socket.recv_fds(
+                self._socket, RECEIVE_SIZE, MAX_FDS_PER_MESSAGE, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise gone(error) from None
+        if not data:
+            close_all(fds)
+            raise ClientLeftError
+        for event in self._engine.receive(data, fds, fds_lost=bool(flags & socket.MSG_CTRUNC)):
+            close_all(event.fds)
+            if isinstance(event, Answered):
+                self.answered(event)
+            elif isinstance(event, Refused):
+                self._wire.put(self._engine.error(event, event.errno))
+        if self._engine.closed:
+            raise ClientDroppedError("it breaks the protocol on the second socket")
+        return True
+
+
+class InBandMemory(ByMessage):
+    """Over the session's own socket, ``fd``, between its replies. Made in the trio thread of the session.
+
+    ``pull`` takes in what the client has said, gives answers to `answered`, keeps the rest, and says whether
+    there was anything. ``attend`` makes the session see to what was kept, and to what waits in ``wire``.
+    """
+
+    def __init__(
+        self,
+        engine: Connection,
+        deadline: float,
+        *,
+        wire: Wire,
+        fd: int,
+        pull: Callable[[], bool],
+        attend: Callable[[], None],
+    ) -> None:
+        super().__init__(engine, deadline)
+        self._wire = wire
+        self._fd = fd
+        self._pull = pull
+        self._attend = attend
+        self._thread = threading.get_ident()
+        self._token = trio.lowlevel.current_trio_token()
+        self._lock = threading.Lock()
+        self._waiting: set[_Answer] = set()
+        self._closed = False
+
+    def close(self) -> None:
+        """See the base class."""
+        with self._lock:
+            self._closed = True
+            for answer in self._waiting:
+                if not answer.done():
+                    answer.set_exception(_nobody())
+        self._answers.clear()
+
+    def _ask(self, command: Command, body: DmaAccess, data: bytes) -> Reply:
+        answer = _Answer()
+        if threading.get_ident() == self._thread:
+            return self._ask_here(answer, command, body, data)
+        with self._lock:
+            if self._closed:
+                raise _nobody()
+            self._waiting.add(answer)
+        try:
+            self._token.run_sync_soon(self._ask_for, answer, command, body, data)
+            return answer.result(self._deadline)
+        except TimeoutError:
+            raise _late() from None
+        except trio.RunFinishedError:
+            raise _nobody() from None
+        finally:
+            with self._lock:
+                self._waiting.discard(answer)
+
+    def _ask_for(self, answer: _Answer, command: Command, body: DmaAccess, data: bytes) -> None:
+        """In the trio thread, for another one; raises nothing."""
+        with self._lock:
+            if answer not in self._waiting or answer.done():
+                return  # he has given up, or the session is over
+        try:
+            self._put(self._wire, answer, command, body, data)
+        except DeviceError as error:
+            answer.set_exception(error)
+        except (ClientLeftError, ClientDroppedError):
+            answer.set_exception(_nobody())  # and the session finds out by itself
+        if self._wire.busy:
+            self._attend()
+
+    def _ask_here(self, answer: _Answer, command: Command, body: DmaAccess, data: bytes) -> Reply:
+        """In the trio thread: nothing else runs there until the answer has come."""
+        if self._closed:
+            raise _nobody()
+        until = time.monotonic() + self._deadline
+        try:
+            self._put(self._wire, answer, command, body, data)
+            return self._wait(self._wire, self._fd, answer, self._pull, until)
+        except (ClientLeftError, ClientDroppedError):
+            raise _nobody() from None
+        finally:
+            self._attend()
+
+
+def _late() -> DeviceError:
+    return DeviceError(ETIMEDOUT, "the client does not answer a DMA message in time")
+
+
+def _nobody() -> DeviceError:
+    return DeviceError(ENOTCONN, "there is no client to ask for its memory")
