@@ -7,6 +7,7 @@ cdef class Lines:
     cdef uint8_t *_pending
     cdef public int mode                # Mode.INTX, MSI or MSIX: what a notification becomes
     cdef public uint8_t isr             # virtio ISR status byte
+    cdef public bint silent             # the card is stopped
     cdef readonly uint64_t signals      # eventfd writes so far
     cdef int _intx_fd
     cdef readonly bint intx_asserted

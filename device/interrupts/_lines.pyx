@@ -4,7 +4,7 @@
 A vector is *armed* with an eventfd while the state machines beside this module find it deliverable; fired
 while it is not, it becomes pending. INTx is a level with automask, equal to the kernel's vfio_pci_intrs.c:
 asserting an unmasked line masks it and signals once; unmasking a line that is still high signals again and
-leaves it masked.
+leaves it masked. While the lines are `silent` nothing is signalled: vectors become pending, INTx keeps its level.
 
 Nothing here locks: callers hold the card's gate.
 """
@@ -62,7 +62,7 @@ cdef class Lines:
     cdef void fire(self, uint16_t vector) noexcept nogil:
         if vector >= self.vectors:
             return
-        if self._fds[vector] >= 0:
+        if self._fds[vector] >= 0 and not self.silent:
             self._signal(self._fds[vector])
         else:
             self._pending[vector] = 1
@@ -91,6 +91,11 @@ cdef class Lines:
         self._check(vector)
         return bool(self._pending[vector])
 
+    def vector_latch(self, int vector):
+        """Make `vector` pending."""
+        self._check(vector)
+        self._pending[vector] = 1
+
     def vector_clear_pending(self, int vector):
         """Clear the vector's pending bit."""
         self._check(vector)
@@ -100,7 +105,7 @@ cdef class Lines:
 
     cdef void assert_intx(self) noexcept nogil:
         self.intx_asserted = True
-        if self._intx_fd >= 0 and not self.intx_masked and not self.intx_disabled:
+        if self._intx_fd >= 0 and not (self.silent or self.intx_masked or self.intx_disabled):
             self.intx_masked = True
             self._intx_automasked = True
             self._signal(self._intx_fd)

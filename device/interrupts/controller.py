@@ -9,7 +9,7 @@ Nothing here locks: callers hold the card's gate. A method that refuses has chan
 """
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from device.errors import DeviceError
 from device.interrupts._eventfd import borrow, release
@@ -111,6 +111,44 @@ class Interrupts:
         """
         self.lines.reset()
         self.msix.reset()
+
+    def silence(self) -> None:
+        """Signal nothing until `speak`, whatever the card or the client does; tests by `trigger` pass."""
+        self.lines.silent = True
+
+    def speak(self) -> None:
+        """Signal what has waited since `silence`, and from now on as it comes."""
+        self.lines.silent = False
+        for bank in self._banks.values():
+            bank.refresh_all()
+        if self.lines.intx_asserted:
+            self.lines.intx_assert()
+
+    def save(self) -> bytes:
+        """What the card has to say: levels, pending bits, MSI-X table. Wiring and masks are the client's."""
+        lines = self.lines
+        pending = bytes(lines.vector_pending(vector) for vector in range(lines.vectors))
+        return bytes((lines.isr, lines.intx_asserted)) + pending + self.msix.save()
+
+    def stage(self, data: bytes) -> Callable[[], None]:
+        """What makes this state that of `data`, which another card saved; ValueError if it cannot be."""
+        lines = self.lines
+        start, pending, rest = data[:2], data[2 : 2 + lines.vectors], data[2 + lines.vectors :]
+        if len(start) != 2 or start[1] > 1 or not set(pending) <= {0, 1}:
+            raise ValueError("levels that are neither high nor low")
+        apply_msix = self.msix.stage(rest)
+
+        def apply() -> None:
+            lines.reset()
+            lines.isr = start[0]
+            for vector in range(lines.vectors):
+                if pending[vector]:
+                    lines.vector_latch(vector)
+            if start[1]:
+                lines.intx_assert()
+            apply_msix()
+
+        return apply
 
     def _choose_mode(self) -> None:
         if self.active is not None:

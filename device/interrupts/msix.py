@@ -6,6 +6,8 @@ its own and never writes this one, just as a host kernel's request_irq, not vfio
 a real card. A mask bit written later counts.
 """
 
+from collections.abc import Callable
+
 from device.interrupts._bank import VectorBank
 from device.interrupts._lines import Lines
 
@@ -27,6 +29,7 @@ class MsixBank(VectorBank):
         super().__init__(lines, count)
         self.function_mask = False
         self._entries = bytearray(count * ENTRY_SIZE)
+        self._arrived = bytearray(count)  # entries of wired vectors of a card that came here, wired anew or not
         self.table = _Table(self, self._entries)
         self.pba = _Pba(self)
         self.reset()
@@ -36,8 +39,11 @@ class MsixBank(VectorBank):
         return self.function_mask or bool(self._entries[vector * ENTRY_SIZE + VECTOR_CONTROL] & MASK_BIT)
 
     def plugged(self, vector: int) -> None:
-        """Clear the entry's mask bit."""
-        self._entries[vector * ENTRY_SIZE + VECTOR_CONTROL] = 0
+        """Clear the entry's mask bit, unless the vector was wired where the card came from."""
+        if self._arrived[vector]:
+            self._arrived[vector] = False
+        else:
+            self._entries[vector * ENTRY_SIZE + VECTOR_CONTROL] = 0
 
     def configure(self, *, enabled: bool, function_mask: bool) -> None:
         """Follow the capability's registers."""
@@ -54,10 +60,38 @@ class MsixBank(VectorBank):
         the vectors go on working.
         """
         self._entries[:] = bytes(len(self._entries))
+        self._arrived[:] = bytes(self.count)
         for vector in range(self.count):
             if self.fd(vector) is None:
                 self._entries[vector * ENTRY_SIZE + VECTOR_CONTROL] = MASK_BIT
         self.refresh_all()
+
+    def save(self) -> bytes:
+        """The entries, and for each vector whether it is wired."""
+        return bytes(self._entries) + bytes(self.fd(vector) is not None for vector in range(self.count))
+
+    def stage(self, data: bytes) -> Callable[[], None]:
+        """What makes the entries those of `data`, which another card saved; ValueError if it cannot be.
+
+        A mask bit that nobody wrote there, for the vector was not wired, does not hold back one that is wired
+        here; a mask bit that was written does, wherever and whenever the vector is wired.
+        """
+        entries, wired = data[: len(self._entries)], data[len(self._entries) :]
+        controls = (entries[at : at + 4] for at in range(VECTOR_CONTROL, len(entries), ENTRY_SIZE))
+        if len(wired) != self.count or not set(wired) <= {0, 1}:
+            raise ValueError(f"{len(data)} bytes for {self.count} MSI-X entries")
+        if any(int.from_bytes(control, "little") > MASK_BIT for control in controls):
+            raise ValueError("a vector control with bits that no entry has")
+
+        def apply() -> None:
+            self._entries[:] = entries
+            self._arrived[:] = wired
+            for vector in range(self.count):
+                if self.fd(vector) is not None:
+                    self.plugged(vector)
+            self.refresh_all()
+
+        return apply
 
 
 class _Table:
