@@ -164,6 +164,14 @@ size.
 READS_PER_TURN: Final = 16
 """How often the socket is read before other tasks get their turn, however much the server says."""
 
+MAX_UNREAD_ANSWERS: Final = 64 << 20
+"""Bytes of answers to DMA_READ that a server may leave unread before it asks for more: 64 of the largest usual
+size at a time, and a further one of any size.
+"""
+
+MAX_DMA_PAGE: Final = 1 << 30
+"""The largest smallest page size of a server that windows are rounded up to: a huge page of x86."""
+
 FIRST_ARGSZ: Final = 512
 """Bytes allowed in the first question about a region: enough for 29 sparse areas."""
 
