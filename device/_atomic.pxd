@@ -23,6 +23,7 @@ cdef extern from *:
     void store16_release "trionic_store_release"(uint16_t *p, uint16_t v) noexcept nogil
     uint32_t load32_relaxed "trionic_load_relaxed"(const uint32_t *p) noexcept nogil
     uint64_t load64_relaxed "trionic_load_relaxed"(const uint64_t *p) noexcept nogil
+    void store64_relaxed "trionic_store_relaxed"(uint64_t *p, uint64_t v) noexcept nogil
     void store32_relaxed "trionic_store_relaxed"(uint32_t *p, uint32_t v) noexcept nogil
     int32_t load_int "trionic_load_acquire"(const int32_t *p) noexcept nogil
     void store_int "trionic_store_release"(int32_t *p, int32_t v) noexcept nogil

@@ -3,10 +3,13 @@
 
 Everything that both sides see, DMA windows, queues and interrupt lines, changes only inside the gate. A
 worker holds it for one burst at a time and gives way to a waiting control thread, so a register access waits
-for one burst at most.
+for one burst at most. A burst that has to ask the client for memory lets the gate go while it waits for the
+answer: whatever it knew of the card it must then look at again.
 """
 
-from device._atomic cimport add_int, load_int
+from libc.stdint cimport uint64_t
+
+from device._atomic cimport add_int, load64_relaxed, load_int, store64_relaxed
 
 
 cdef extern from "<pthread.h>" nogil:
@@ -20,7 +23,7 @@ cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
 cdef extern from "Python.h":
-    unsigned long PyThread_get_thread_ident()
+    unsigned long PyThread_get_thread_ident() noexcept nogil
 
 
 cdef class Gate:
@@ -33,8 +36,8 @@ cdef class Gate:
         pthread_mutex_destroy(&self._mutex)
 
     def __enter__(self):
-        cdef unsigned long me = PyThread_get_thread_ident()
-        if self._depth and self._owner == me:
+        cdef uint64_t me = PyThread_get_thread_ident()
+        if load64_relaxed(&self._owner) == me:      # nobody else can make it so, or not so
             self._depth += 1
             return self
         if pthread_mutex_trylock(&self._mutex) != 0:
@@ -42,20 +45,37 @@ cdef class Gate:
             with nogil:
                 pthread_mutex_lock(&self._mutex)
                 add_int(&self._waiting, -1)     # before the GIL: a worker would yield all that time
-        self._owner = me
+        store64_relaxed(&self._owner, me)
         self._depth = 1
         return self
 
     def __exit__(self, exc_type, exc, traceback):
         self._depth -= 1
         if self._depth == 0:
-            pthread_mutex_unlock(&self._mutex)
+            self.release()
         return None
 
     cdef void acquire(self) noexcept nogil:
         while load_int(&self._waiting):
             sched_yield()
         pthread_mutex_lock(&self._mutex)
+        store64_relaxed(&self._owner, PyThread_get_thread_ident())
+        self._depth = 1
 
     cdef void release(self) noexcept nogil:
+        store64_relaxed(&self._owner, 0)
         pthread_mutex_unlock(&self._mutex)
+
+    cdef int suspend(self) noexcept nogil:
+        """Let the gate go if this thread is inside; returns how deep, for `resume`."""
+        cdef int depth = self._depth
+        if load64_relaxed(&self._owner) != PyThread_get_thread_ident():
+            return 0
+        self.release()
+        return depth
+
+    cdef void resume(self, int depth) noexcept nogil:
+        """Go back inside, as deep as before. A caller with the GIL would wait for a thread that wants it."""
+        if depth:
+            self.acquire()
+            self._depth = depth

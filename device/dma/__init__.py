@@ -1,5 +1,6 @@
 """DMA: the windows through which a card reaches its host's memory."""
 
 from device.dma._windows import MAX_WINDOWS, PAGE_SIZE, PROT_DMA_READ, PROT_DMA_WRITE, DmaWindows
+from device.dma.remote import RemoteMemory
 
-__all__ = ["MAX_WINDOWS", "PAGE_SIZE", "PROT_DMA_READ", "PROT_DMA_WRITE", "DmaWindows"]
+__all__ = ["MAX_WINDOWS", "PAGE_SIZE", "PROT_DMA_READ", "PROT_DMA_WRITE", "DmaWindows", "RemoteMemory"]

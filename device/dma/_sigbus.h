@@ -82,9 +82,10 @@ static void trionic_guard_remove(int slot)
     __atomic_store_n(&trionic_guards[slot].start, (uintptr_t)0, __ATOMIC_RELEASE);
 }
 
-static int trionic_guard_lost(int slot)
+/* Not zero once the mapping has lost pages. */
+static const int *trionic_guard_lost(int slot)
 {
-    return trionic_guards[slot].lost;
+    return &trionic_guards[slot].lost;
 }
 
 

@@ -1,5 +1,8 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from device._gate cimport Gate
+from device.dma._files cimport Backing, SharedFiles
+
 
 cdef enum:
     DMA_READ = 1
@@ -10,44 +13,52 @@ cdef enum:
     FAULT_NONE = 0
     FAULT_UNMAPPED = -1
     FAULT_PROTECTION = -2
-    FAULT_MESSAGE_ONLY = -3
+    FAULT_MESSAGE_ONLY = -3     # and there is nobody to send messages to, unless span() says it
+    FAULT_DISTURBED = -4        # while the client was asked, the card was reset, halted, or a queue was changed
+    FAULT_GONE = -5             # the client has left
+    FAULT_REFUSED = -1000       # less an errno: what the client's answer came to
 
 
 cdef struct Window:
     uint64_t iova
     uint64_t last           # address of the last byte, so that a window may end at 2^64
-    uint64_t offset         # into the backing
+    uint64_t offset         # into the backing; of borrowed memory its address
     uint32_t prot
-    int backing             # index, or -1: no file descriptor came with it
+    int backing             # index, or one of the numbers below
 
 
-cdef struct Backing:
-    uint64_t device
-    uint64_t inode
-    int access              # O_RDONLY, O_RDWR
-    uint8_t *start
-    uint64_t length
-    uint64_t first          # file offset of `start`
-    uint64_t references
-    int guard
+cdef enum:
+    NO_BACKING = -1         # no file descriptor came with it
+    BORROWED = -2           # less a guard: memory that somebody else mapped
 
 
 cdef class DmaWindows:
     cdef Window *_windows
     cdef size_t _count, _capacity, _hit
-    cdef Backing *_backings
-    cdef size_t _backing_count
+    cdef SharedFiles _files
+    cdef Backing *_backings                 # those of `_files`
     cdef readonly uint64_t generation       # grows with every change of the table
+    cdef readonly uint64_t epoch            # grows with whatever makes an answer of the client come too late
     cdef readonly size_t limit
     cdef public object on_map
+    # by message
+    cdef public Gate gate
+    cdef object _remote
+    cdef bint _answering                    # there is a remote, and it has not said that its client is gone
+    cdef uint64_t _remote_limit
+    cdef size_t _without_backing            # windows
 
     cdef Py_ssize_t _find(self, uint64_t iova) noexcept nogil
     cdef int span(self, uint64_t iova, uint64_t length, uint32_t prot,
                   uint8_t **where, uint64_t *run) noexcept nogil
     cdef uint8_t *contiguous(self, uint64_t iova, uint64_t length, uint32_t prot) noexcept nogil
+    cdef bint covers(self, uint64_t iova, uint64_t length, uint32_t prot) noexcept nogil
     cdef int copy_in(self, void *target, uint64_t iova, uint64_t length) noexcept nogil
     cdef int copy_out(self, uint64_t iova, const void *source, uint64_t length) noexcept nogil
-    cdef int _acquire_backing(self, int fd, uint64_t offset, uint64_t size, uint32_t prot) except -2
-    cdef void _release_backing(self, int index) noexcept
-    cdef void *_mmap(self, int fd, uint64_t first, uint64_t length, int access) except NULL
-    cdef int _remap(self, int index, int fd, uint64_t length) except -1
+    cdef int _by_message(self, uint64_t iova, uint64_t *run, uint8_t *target,
+                         const uint8_t *source) noexcept nogil
+    cdef int _ask(self, uint64_t iova, uint64_t length, uint8_t *target, const uint8_t *source) except 1
+    cpdef void disturb(self) noexcept
+    cdef Py_ssize_t _place(self, uint64_t iova, uint64_t size, uint32_t prot) except -1
+    cdef int _insert(self, Py_ssize_t at, Window window) except -1
+    cdef void _release(self, int backing) noexcept

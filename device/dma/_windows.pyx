@@ -5,42 +5,58 @@ A sorted table answers by containment of the whole span, in arithmetic that cann
 windows is mapped once, whole, however many windows point into it: mapping a 4 KiB window costs a table
 insertion and no system call but fstat, and windows that adjoin in the file adjoin in memory.
 
-Callers hold the card's gate. Pointers are good until the gate is left.
+What lies in windows without memory here is asked of the client, by whatever `remote` knows to send it. Such
+an access lets the gate go while it waits, and so must never be made for the sake of a reply that the client
+waits for. When the answer comes the card may be another one: `epoch` tells, and the access is FAULT_DISTURBED.
+
+Callers hold the card's gate. Pointers are good until the gate is left or a copy is made.
 """
 
 import errno
-import fcntl
-import os
-import stat
+import logging
 
-from libc.errno cimport errno as c_errno
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, realloc
+from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memmove
-from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
-from posix.types cimport off_t
+
+from device._gate cimport Gate
+from device.dma._files cimport Backing, SharedFiles
 
 from device.errors import DeviceError
-
-
-cdef extern from "<sys/mman.h>" nogil:
-    int MAP_NORESERVE
-
-cdef extern from "_sigbus.h" nogil:
-    int trionic_guard_add(void *start, size_t length, size_t page)
-    void trionic_guard_remove(int slot)
-    int trionic_guard_lost(int slot)
-    size_t trionic_page_of(int fd)
 
 
 PAGE_SIZE = 4096                # what vfio-user's pgsizes capability must include; windows are aligned to it
 
 MAX_WINDOWS = 1 << 20           # 48 MB of table; a vIOMMU with 4 KiB pages does reach hundreds of thousands
-MAX_BACKINGS = 1024             # distinct files; a machine has a handful, and each is mapped whole
+
+# Bytes asked of the client at once: vfio-user's max_data_xfer_size, which every peer grants by default.
+DEFAULT_REMOTE_LIMIT = 1 << 20
+MAX_REMOTE_LIMIT = 1 << 24      # each message is a bytes object, whatever a peer grants
+
+MAX_ERRNO = 4095                # linux/err.h
 
 PROT_DMA_READ = DMA_READ
 PROT_DMA_WRITE = DMA_WRITE
+
+log = logging.getLogger(__name__)
+
+
+cdef int _fault(number):
+    """What it is when asking the client raised `number`."""
+    if number == errno.ENOTCONN:
+        return FAULT_GONE
+    return FAULT_REFUSED - (number if number is not None and 0 < number <= MAX_ERRNO else errno.EIO)
+
+
+def _error(int fault, refusal):
+    if fault == FAULT_DISTURBED:
+        return DeviceError(errno.ECANCELED, "the card was reset or halted while the client was asked")
+    if fault == FAULT_GONE:
+        return DeviceError(errno.ENOTCONN, "the client is gone")
+    if fault <= FAULT_REFUSED:
+        return DeviceError(FAULT_REFUSED - fault, f"{refusal}, by the client's answer")
+    return DeviceError(errno.EFAULT, refusal)
 
 
 cdef class DmaWindows:
@@ -48,26 +64,20 @@ cdef class DmaWindows:
 
     def __cinit__(self, size_t limit=MAX_WINDOWS):
         self.limit = limit
-        self._backings = <Backing *> calloc(MAX_BACKINGS, sizeof(Backing))
-        if self._backings == NULL:
-            raise MemoryError
+        self._remote_limit = DEFAULT_REMOTE_LIMIT
+        self._files = SharedFiles()
+        self._backings = self._files.backings
 
     def __dealloc__(self):
-        cdef size_t i
-        if self._backings != NULL:
-            for i in range(self._backing_count):
-                if self._backings[i].references:
-                    self._backings[i].references = 1
-                    self._release_backing(<int> i)
-        free(self._backings)
         free(self._windows)
 
     def __len__(self):
         return self._count
 
     def windows(self):
-        """The windows as (iova, size, prot, has_fd), in order of address."""
-        return [(w.iova, w.last - w.iova + 1, w.prot, w.backing >= 0) for w in self._windows[:self._count]]
+        """The windows as (iova, size, prot, has_memory), in order of address."""
+        return [(w.iova, w.last - w.iova + 1, w.prot, w.backing != NO_BACKING)
+                for w in self._windows[:self._count]]
 
     # --- changes
 
@@ -78,16 +88,38 @@ cdef class DmaWindows:
         file), EEXIST (overlaps a window), ENOSPC (table full), EACCES (write permission asked of a read-only
         fd), or what mmap says.
         """
+        cdef Py_ssize_t at = self._place(iova, size, prot)
+        cdef int backing = NO_BACKING
+        if fd_offset & (PAGE_SIZE - 1):
+            raise DeviceError(errno.EINVAL, f"file offset {fd_offset:#x}: not aligned to {PAGE_SIZE}")
+        if fd is not None:
+            backing = self._files.acquire(fd, fd_offset, size, prot & DMA_WRITE)
+        self._insert(at, Window(iova=iova, last=iova + size - 1, offset=fd_offset, prot=prot, backing=backing))
+
+    def map_memory(self, uint64_t iova, uint64_t size, uint32_t prot, uint64_t address,
+                   size_t page_size=PAGE_SIZE):
+        """Map `size` bytes at `iova` to memory at `address` of this process, mapped and unmapped by others.
+
+        It must stay until `unmap` has returned. `page_size` is that of its file, which its owner may
+        truncate. Raises DeviceError as `map` does.
+        """
+        cdef Py_ssize_t at = self._place(iova, size, prot)
+        if address == 0 or address & (PAGE_SIZE - 1) or address + size < address:
+            raise DeviceError(errno.EINVAL, f"memory at {address:#x}+{size:#x} is no whole pages")
+        if page_size < PAGE_SIZE or page_size & (page_size - 1):
+            raise DeviceError(errno.EINVAL, f"pages of {page_size} bytes")
+        guard = self._files.guard(<void *> address, size, page_size)
+        self._insert(
+            at, Window(iova=iova, last=iova + size - 1, offset=address, prot=prot, backing=BORROWED - guard))
+
+    cdef Py_ssize_t _place(self, uint64_t iova, uint64_t size, uint32_t prot) except -1:
+        """Where in the table a new window belongs; DeviceError if it cannot be."""
         cdef uint64_t last = iova + size - 1
         cdef Py_ssize_t at
-        cdef int backing = -1
-        cdef Window *grown
         if size == 0 or last < iova:
             raise DeviceError(errno.EINVAL, f"a window of {size:#x} bytes at {iova:#x} is empty or wraps")
-        if (iova | size | fd_offset) & (PAGE_SIZE - 1):
-            raise DeviceError(
-                errno.EINVAL,
-                f"window {iova:#x}+{size:#x}, file offset {fd_offset:#x}: not aligned to {PAGE_SIZE}")
+        if (iova | size) & (PAGE_SIZE - 1):
+            raise DeviceError(errno.EINVAL, f"window {iova:#x}+{size:#x}: not aligned to {PAGE_SIZE}")
         if prot == 0 or prot & ~<uint32_t> (DMA_READ | DMA_WRITE):
             raise DeviceError(errno.EINVAL, f"window permissions {prot:#x}: read (1) and write (2) are known")
         if self._count >= self.limit:
@@ -96,20 +128,25 @@ cdef class DmaWindows:
         if at < <Py_ssize_t> self._count and self._windows[at].iova <= last:
             raise DeviceError(
                 errno.EEXIST, f"window {iova:#x}+{size:#x} overlaps one at {self._windows[at].iova:#x}")
+        return at
+
+    cdef int _insert(self, Py_ssize_t at, Window window) except -1:
+        cdef Window *grown
         if self._count == self._capacity:
             grown = <Window *> realloc(self._windows, max(64, 2 * self._capacity) * sizeof(Window))
             if grown == NULL:
+                self._release(window.backing)
                 raise MemoryError
             self._windows = grown
             self._capacity = max(64, 2 * self._capacity)
-        if fd is not None:
-            backing = self._acquire_backing(fd, fd_offset, size, prot)
         memmove(&self._windows[at + 1], &self._windows[at], (self._count - at) * sizeof(Window))
-        self._windows[at] = Window(iova=iova, last=last, offset=fd_offset, prot=prot, backing=backing)
+        self._windows[at] = window
         self._count += 1
+        self._without_backing += window.backing == NO_BACKING
         self.generation += 1
         if self.on_map is not None:
             self.on_map()
+        return 0
 
     def unmap(self, uint64_t iova, uint64_t size):
         """Remove every window inside the span; returns the number of bytes that were mapped.
@@ -134,7 +171,8 @@ cdef class DmaWindows:
             return 0
         for i in range(first, end):
             total += self._windows[i].last - self._windows[i].iova + 1
-            self._release_backing(self._windows[i].backing)
+            self._without_backing -= self._windows[i].backing == NO_BACKING
+            self._release(self._windows[i].backing)
         memmove(&self._windows[first], &self._windows[end], (self._count - end) * sizeof(Window))
         self._count -= end - first
         self._hit = 0
@@ -146,35 +184,83 @@ cdef class DmaWindows:
         cdef size_t i
         count = self._count
         for i in range(self._count):
-            self._release_backing(self._windows[i].backing)
+            self._release(self._windows[i].backing)
         self._count = 0
+        self._without_backing = 0
         self._hit = 0
         self.generation += 1
+        self.disturb()
         return count
+
+    cdef void _release(self, int backing) noexcept:
+        if backing <= BORROWED:
+            self._files.unguard(BORROWED - backing)
+        elif backing >= 0:
+            self._files.release(backing)
+
+    # --- the client's answers
+
+    @property
+    def remote(self):
+        """The RemoteMemory behind windows without memory here, or None: then they cannot be reached."""
+        return self._remote
+
+    @remote.setter
+    def remote(self, remote):
+        self._remote = remote
+        self._answering = remote is not None
+        self.generation += 1
+        if self._answering and self.on_map is not None:
+            self.on_map()
+
+    @property
+    def remote_limit(self):
+        """Bytes of the longest message, at most MAX_REMOTE_LIMIT; longer accesses take several."""
+        return self._remote_limit
+
+    @remote_limit.setter
+    def remote_limit(self, uint64_t limit):
+        if limit == 0:
+            raise ValueError("messages of no bytes")
+        self._remote_limit = min(limit, MAX_REMOTE_LIMIT)
+
+    @property
+    def by_message(self):
+        """Whether some of the client's memory is reached only by asking it."""
+        return self._answering and self._without_backing > 0
+
+    cpdef void disturb(self) noexcept:
+        """What was asked of the client before comes too late: whoever waits finds that out and gives up."""
+        self.epoch += 1
 
     # --- accesses from Python
 
     def read(self, uint64_t iova, size_t length):
-        """Read `length` bytes; raises DeviceError(EFAULT) unless readable windows hold them all."""
+        """Read `length` bytes; raises DeviceError.
+
+        EFAULT unless readable windows hold them all. By message also: ECANCELED when the card was reset or
+        halted meanwhile, and what RemoteMemory raises.
+        """
         data = PyBytes_FromStringAndSize(NULL, length)
-        if self.copy_in(PyBytes_AS_STRING(data), iova, length) != FAULT_NONE:
-            raise DeviceError(
-                errno.EFAULT, f"DMA read of {length} bytes at {iova:#x}: not in readable windows")
+        cdef int fault = self.copy_in(PyBytes_AS_STRING(data), iova, length)
+        if fault != FAULT_NONE:
+            raise _error(fault, f"DMA read of {length} bytes at {iova:#x}: not in readable windows")
         return data
 
     def write(self, uint64_t iova, data):
-        """Write `data`; raises DeviceError(EFAULT), with nothing written, unless writable windows hold it."""
+        """Write `data`; raises DeviceError(EFAULT), with nothing written, unless writable windows hold it.
+
+        By message also the errors of `read`, and then a part may be written.
+        """
         cdef const uint8_t[::1] view = data
         cdef uint64_t length = view.shape[0]
-        if length and self.copy_out(iova, &view[0], length) != FAULT_NONE:
-            raise DeviceError(
-                errno.EFAULT, f"DMA write of {length} bytes at {iova:#x}: not in writable windows")
+        cdef int fault = self.copy_out(iova, &view[0], length) if length else FAULT_NONE
+        if fault != FAULT_NONE:
+            raise _error(fault, f"DMA write of {length} bytes at {iova:#x}: not in writable windows")
 
     def lost_backings(self):
-        """How many files lost pages under us because the peer truncated them; those bytes read as zero."""
-        cdef size_t i
-        return sum(1 for i in range(self._backing_count)
-                   if self._backings[i].references and trionic_guard_lost(self._backings[i].guard))
+        """How many files lost pages because the client truncated them; none of their windows is served any more."""
+        return self._files.lost()
 
     # --- lookups without the GIL
 
@@ -191,8 +277,12 @@ cdef class DmaWindows:
 
     cdef int span(self, uint64_t iova, uint64_t length, uint32_t prot,
                   uint8_t **where, uint64_t *run) noexcept nogil:
-        """Where `iova` is, and how many of `length` bytes its window holds; or a FAULT."""
+        """Where `iova` is, and how many of `length` bytes its window holds; or a FAULT.
+
+        With FAULT_MESSAGE_ONLY the number is right, too.
+        """
         cdef Window *w
+        cdef Backing *b
         cdef uint64_t left
         cdef size_t at = self._hit
         if at >= self._count or iova < self._windows[at].iova or iova > self._windows[at].last:
@@ -203,13 +293,16 @@ cdef class DmaWindows:
         w = &self._windows[at]
         if (w.prot & prot) != prot:
             return FAULT_PROTECTION
-        if w.backing < 0:
-            return FAULT_MESSAGE_ONLY
         left = w.last - iova            # bytes after this one
         run[0] = length if length == 0 or length - 1 <= left else left + 1
-        where[0] = (self._backings[w.backing].start
-                    + (w.offset - self._backings[w.backing].first) + (iova - w.iova))
-        return FAULT_NONE
+        if w.backing >= 0:
+            b = &self._backings[w.backing]
+            where[0] = b.start + (w.offset - b.first) + (iova - w.iova)
+            return FAULT_UNMAPPED if b.lost[0] else FAULT_NONE
+        if w.backing == NO_BACKING:
+            return FAULT_MESSAGE_ONLY
+        where[0] = <uint8_t *> w.offset + (iova - w.iova)
+        return FAULT_UNMAPPED if self._files.lost_flag(BORROWED - w.backing)[0] else FAULT_NONE
 
     cdef uint8_t *contiguous(self, uint64_t iova, uint64_t length, uint32_t prot) noexcept nogil:
         """A pointer through which all `length` bytes can be reached, or NULL."""
@@ -227,6 +320,20 @@ cdef class DmaWindows:
             done += run
         return start
 
+    cdef bint covers(self, uint64_t iova, uint64_t length, uint32_t prot) noexcept nogil:
+        """Whether all `length` bytes can be reached somehow, in pieces or by asking the client."""
+        cdef uint8_t *part
+        cdef uint64_t run, done = 0
+        cdef int fault
+        while done < length:
+            if iova + done < iova:
+                return False
+            fault = self.span(iova + done, length - done, prot, &part, &run)
+            if fault != FAULT_NONE and (fault != FAULT_MESSAGE_ONLY or not self._answering):
+                return False
+            done += run
+        return True
+
     cdef int copy_in(self, void *target, uint64_t iova, uint64_t length) noexcept nogil:
         cdef uint8_t *part
         cdef uint64_t run, done = 0
@@ -235,9 +342,13 @@ cdef class DmaWindows:
             if iova + done < iova:
                 return FAULT_UNMAPPED
             fault = self.span(iova + done, length - done, DMA_READ, &part, &run)
-            if fault != FAULT_NONE:
-                return fault
-            memcpy(<uint8_t *> target + done, part, run)
+            if fault == FAULT_NONE:
+                memcpy(<uint8_t *> target + done, part, run)
+            else:
+                if fault == FAULT_MESSAGE_ONLY:
+                    fault = self._by_message(iova + done, &run, <uint8_t *> target + done, NULL)
+                if fault != FAULT_NONE:
+                    return fault
             done += run
         return FAULT_NONE
 
@@ -249,100 +360,61 @@ cdef class DmaWindows:
             if iova + done < iova:
                 return FAULT_UNMAPPED
             fault = self.span(iova + done, length - done, DMA_WRITE, &part, &run)
-            if fault != FAULT_NONE:
+            if fault != FAULT_NONE and (fault != FAULT_MESSAGE_ONLY or not self._answering):
                 return fault
             done += run
         done = 0
         while done < length:
-            self.span(iova + done, length - done, DMA_WRITE, &part, &run)
-            memcpy(part, <const uint8_t *> source + done, run)
+            fault = self.span(iova + done, length - done, DMA_WRITE, &part, &run)
+            if fault == FAULT_NONE:
+                memcpy(part, <const uint8_t *> source + done, run)
+            else:
+                if fault == FAULT_MESSAGE_ONLY:
+                    fault = self._by_message(iova + done, &run, NULL, <const uint8_t *> source + done)
+                if fault != FAULT_NONE:
+                    return fault
             done += run
         return FAULT_NONE
 
-    # --- files
+    cdef int _by_message(self, uint64_t iova, uint64_t *run, uint8_t *target,
+                         const uint8_t *source) noexcept nogil:
+        """Have the client's bytes in `target`, or give it those in `source`; shortens `run` to one message."""
+        if not self._answering:
+            return FAULT_MESSAGE_ONLY
+        run[0] = min(run[0], self._remote_limit)
+        with gil:
+            try:
+                return self._ask(iova, run[0], target, source)
+            except BaseException:
+                log.exception("DMA by message, %d bytes at %#x", run[0], iova)
+                return FAULT_REFUSED - errno.EIO
 
-    cdef int _acquire_backing(self, int fd, uint64_t offset, uint64_t size, uint32_t prot) except -2:
-        cdef Backing *b
-        cdef Backing *slot = NULL
-        cdef size_t i
-        cdef int index = -1
-        cdef uint64_t first = 0, length
-        cdef void *start
+    cdef int _ask(self, uint64_t iova, uint64_t length, uint8_t *target, const uint8_t *source) except 1:
+        cdef uint64_t epoch = self.epoch
+        cdef Gate gate = self.gate
+        cdef int depth, fault = FAULT_NONE
+        remote = self._remote
+        data = None if source == NULL else PyBytes_FromStringAndSize(<const char *> source, length)
+        depth = gate.suspend() if gate is not None else 0
         try:
-            info = os.fstat(fd)
-            access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-        except OSError as error:
-            raise DeviceError(error.errno, f"the window's file descriptor: {error.strerror}") from None
-        if access == os.O_WRONLY or (prot & DMA_WRITE and access != os.O_RDWR):
-            raise DeviceError(
-                errno.EACCES, "the window's file descriptor does not allow the access the window promises")
-        whole = stat.S_ISREG(info.st_mode)
-        if whole:
-            length = info.st_size
-            if size > length or offset > length - size:
-                raise DeviceError(
-                    errno.EINVAL,
-                    f"the window needs the file up to {offset + size:#x}; it ends at {length:#x}")
-        elif stat.S_ISCHR(info.st_mode) or stat.S_ISBLK(info.st_mode):
-            first, length = offset, size        # a device file has no size to map whole
-        else:
-            raise DeviceError(
-                errno.EINVAL, "the window's file descriptor is not something that can be mapped")
-        for i in range(self._backing_count):
-            b = &self._backings[i]
-            if b.references == 0:
-                slot = b if slot == NULL else slot
-            elif whole and b.device == info.st_dev and b.inode == info.st_ino and b.access == access:
-                if b.length < length:
-                    self._remap(<int> i, fd, length)
-                b.references += 1
-                return <int> i
-        if slot == NULL:
-            if self._backing_count == MAX_BACKINGS:
-                raise DeviceError(errno.ENOSPC, f"windows already use {MAX_BACKINGS} different files")
-            slot = &self._backings[self._backing_count]
-            self._backing_count += 1
-        start = self._mmap(fd, first, length, access)
-        slot.device = info.st_dev if whole else 0
-        slot.inode = info.st_ino if whole else 0
-        slot.access = access
-        slot.start, slot.first, slot.length = <uint8_t *> start, first, length
-        slot.references = 1
-        slot.guard = trionic_guard_add(start, length, trionic_page_of(fd))
-        if slot.guard < 0:
-            slot.references = 0
-            munmap(start, length)
-            raise DeviceError(errno.ENOSPC, "no guard left for another shared file")
-        return <int> (slot - self._backings)
-
-    cdef void *_mmap(self, int fd, uint64_t first, uint64_t length, int access) except NULL:
-        cdef int protection = PROT_READ | (PROT_WRITE if access == os.O_RDWR else 0)
-        cdef void *start = mmap(NULL, length, protection, MAP_SHARED | MAP_NORESERVE, fd, <off_t> first)
-        if start == MAP_FAILED:
-            raise DeviceError(
-                c_errno, f"mapping {length:#x} bytes of a window's file failed: {os.strerror(c_errno)}")
-        return start
-
-    cdef int _remap(self, int index, int fd, uint64_t length) except -1:
-        """The file has grown: map it whole again; windows refer to it by index, so they follow."""
-        cdef Backing *b = &self._backings[index]
-        cdef void *start = self._mmap(fd, 0, length, b.access)
-        cdef int guard = trionic_guard_add(start, length, trionic_page_of(fd))
-        if guard < 0:
-            munmap(start, length)
-            raise DeviceError(errno.ENOSPC, "no guard left for another shared file")
-        trionic_guard_remove(b.guard)
-        munmap(b.start, b.length)
-        b.start, b.length, b.guard = <uint8_t *> start, length, guard
-        return 0
-
-    cdef void _release_backing(self, int index) noexcept:
-        cdef Backing *b
-        if index < 0:
-            return
-        b = &self._backings[index]
-        b.references -= 1
-        if b.references == 0:
-            trionic_guard_remove(b.guard)
-            munmap(b.start, b.length)
-            b.start = NULL
+            if source == NULL:
+                data = remote.read(iova, length)
+            else:
+                remote.write(iova, data)
+        except DeviceError as error:
+            fault = _fault(error.errno)
+            log.debug("DMA by message, %d bytes at %#x: %s", length, iova, error)
+        finally:
+            if depth:
+                with nogil:
+                    gate.resume(depth)
+        if fault == FAULT_GONE and remote is self._remote and self._answering:
+            self._answering = False
+            self.generation += 1
+        if self.epoch != epoch:
+            return FAULT_DISTURBED
+        if fault == FAULT_NONE and source == NULL:
+            if not isinstance(data, bytes) or len(data) != length:
+                return FAULT_REFUSED - errno.EIO
+            memcpy(target, PyBytes_AS_STRING(data), length)
+        return fault

@@ -6,6 +6,7 @@ import sys
 HOLES = """
 import os
 from device.dma import DmaWindows, PAGE_SIZE
+from device.errors import DeviceError
 most = int(open("/proc/sys/vm/max_map_count").read())
 size = 2 * (most + 100) * PAGE_SIZE
 fd = os.memfd_create("guest")
@@ -13,8 +14,14 @@ os.ftruncate(fd, size)
 dma = DmaWindows()
 dma.map(0, size, 3, fd, 0)
 os.ftruncate(fd, 0)
+served = 0
 for at in {order}:
-    assert dma.read(at, 4) == bytes(4)
+    try:
+        assert dma.read(at, 4) == bytes(4)
+        served += 1
+    except DeviceError:
+        pass
+assert served == 1
 mappings = sum(1 for _ in open("/proc/self/maps"))
 assert mappings < 1000, mappings
 assert dma.unmap_all() == 1

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device.dma import PAGE_SIZE, DmaWindows
-from device.dma._windows import MAX_BACKINGS
+from device.dma._files import MAX_BACKINGS
 from device.errors import DeviceError
 from tests.device.driver_side import guest_memory
 
@@ -181,14 +181,15 @@ def test_a_file_that_grew_is_mapped_again_and_old_windows_stay_good() -> None:
         assert os.pread(memory.fd, 3, 0x2000) == b"new"
 
 
-def test_a_client_that_truncates_its_memory_gets_zeros_and_the_server_lives() -> None:
+def test_memory_that_a_client_truncates_is_served_no_more_and_the_server_lives() -> None:
     dma = DmaWindows()
     with guest_memory(dma, size=0x4000, iova=0x1000) as memory:
         dma.write(0x3000, b"data")
         os.ftruncate(memory.fd, 0x1000)
         assert dma.read(0x3000, 4) == b"\0\0\0\0"
-        dma.write(0x4000, b"lost")
         assert dma.lost_backings() == 1
+        assert refusal(dma.write, 0x4000, b"lost") == errno.EFAULT
+        assert refusal(dma.read, 0x1000, 1) == errno.EFAULT
         assert dma.unmap_all() == 1
         assert dma.lost_backings() == 0
 

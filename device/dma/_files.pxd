@@ -1,0 +1,27 @@
+from libc.stdint cimport uint8_t, uint64_t
+
+
+cdef struct Backing:
+    uint64_t device
+    uint64_t inode
+    int access              # O_RDONLY, O_RDWR
+    uint8_t *start
+    uint64_t length
+    uint64_t first          # file offset of `start`
+    uint64_t references
+    int guard
+    const int *lost         # not zero once the client has truncated the file
+
+
+cdef class SharedFiles:
+    cdef Backing *backings
+    cdef size_t _count
+
+    cdef int acquire(self, int fd, uint64_t offset, uint64_t size, bint writable) except -2
+    cdef void release(self, int index) noexcept
+    cdef int guard(self, void *start, uint64_t length, size_t page) except -1
+    cdef void unguard(self, int guard) noexcept
+    cdef const int *lost_flag(self, int guard) noexcept nogil
+    cdef int lost(self)
+    cdef void *_mmap(self, int fd, uint64_t first, uint64_t length, int access) except NULL
+    cdef int _remap(self, int index, int fd, uint64_t length) except -1

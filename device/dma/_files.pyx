@@ -1,0 +1,155 @@
+# cython: language_level=3
+"""The files behind DMA windows: each is mapped once, whole, however many windows point into it.
+
+A client may truncate a file that it shares: see _sigbus.h. What it has truncated is lost, and says so.
+"""
+
+import errno
+import fcntl
+import os
+import stat
+
+from libc.errno cimport errno as c_errno
+from libc.stdint cimport uint8_t, uint64_t
+from libc.stdlib cimport calloc, free
+from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
+from posix.types cimport off_t
+
+from device.errors import DeviceError
+
+
+cdef extern from "<sys/mman.h>" nogil:
+    int MAP_NORESERVE
+
+cdef extern from "_sigbus.h" nogil:
+    int trionic_guard_add(void *start, size_t length, size_t page)
+    void trionic_guard_remove(int slot)
+    const int *trionic_guard_lost(int slot)
+    size_t trionic_page_of(int fd)
+
+
+MAX_BACKINGS = 1024             # distinct files; a machine has a handful, and each is mapped whole
+
+NO_GUARD = "no guard left for more shared memory"
+
+
+cdef class SharedFiles:
+    """Those of one card's windows."""
+
+    def __cinit__(self):
+        self.backings = <Backing *> calloc(MAX_BACKINGS, sizeof(Backing))
+        if self.backings == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        cdef size_t i
+        for i in range(self._count):
+            if self.backings[i].references:
+                self.backings[i].references = 1
+                self.release(<int> i)
+        free(self.backings)
+
+    cdef int acquire(self, int fd, uint64_t offset, uint64_t size, bint writable) except -2:
+        """The index of a backing that holds these bytes of the file; DeviceError as DmaWindows.map says."""
+        cdef Backing *b
+        cdef Backing *slot = NULL
+        cdef size_t i
+        cdef int index = -1
+        cdef uint64_t first = 0, length
+        cdef void *start
+        try:
+            info = os.fstat(fd)
+            access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+        except OSError as error:
+            raise DeviceError(error.errno, f"the window's file descriptor: {error.strerror}") from None
+        if access == os.O_WRONLY or (writable and access != os.O_RDWR):
+            raise DeviceError(
+                errno.EACCES, "the window's file descriptor does not allow the access the window promises")
+        whole = stat.S_ISREG(info.st_mode)
+        if whole:
+            length = info.st_size
+            if size > length or offset > length - size:
+                raise DeviceError(
+                    errno.EINVAL,
+                    f"the window needs the file up to {offset + size:#x}; it ends at {length:#x}")
+        elif stat.S_ISCHR(info.st_mode) or stat.S_ISBLK(info.st_mode):
+            first, length = offset, size        # a device file has no size to map whole
+        else:
+            raise DeviceError(
+                errno.EINVAL, "the window's file descriptor is not something that can be mapped")
+        for i in range(self._count):
+            b = &self.backings[i]
+            if b.references == 0:
+                slot = b if slot == NULL else slot
+            elif whole and b.device == info.st_dev and b.inode == info.st_ino and b.access == access:
+                if b.length < length:
+                    self._remap(<int> i, fd, length)
+                b.references += 1
+                return <int> i
+        if slot == NULL:
+            if self._count == MAX_BACKINGS:
+                raise DeviceError(errno.ENOSPC, f"windows already use {MAX_BACKINGS} different files")
+            slot = &self.backings[self._count]
+            self._count += 1
+        start = self._mmap(fd, first, length, access)
+        slot.device = info.st_dev if whole else 0
+        slot.inode = info.st_ino if whole else 0
+        slot.access = access
+        slot.start, slot.first, slot.length = <uint8_t *> start, first, length
+        slot.guard = trionic_guard_add(start, length, trionic_page_of(fd))
+        if slot.guard < 0:
+            munmap(start, length)
+            raise DeviceError(errno.ENOSPC, NO_GUARD)
+        slot.lost = trionic_guard_lost(slot.guard)
+        slot.references = 1
+        return <int> (slot - self.backings)
+
+    cdef void *_mmap(self, int fd, uint64_t first, uint64_t length, int access) except NULL:
+        cdef int protection = PROT_READ | (PROT_WRITE if access == os.O_RDWR else 0)
+        cdef void *start = mmap(NULL, length, protection, MAP_SHARED | MAP_NORESERVE, fd, <off_t> first)
+        if start == MAP_FAILED:
+            raise DeviceError(
+                c_errno, f"mapping {length:#x} bytes of a window's file failed: {os.strerror(c_errno)}")
+        return start
+
+    cdef int _remap(self, int index, int fd, uint64_t length) except -1:
+        """The file has grown: map it whole again; windows refer to it by index, so they follow."""
+        cdef Backing *b = &self.backings[index]
+        cdef void *start = self._mmap(fd, 0, length, b.access)
+        cdef int guard = trionic_guard_add(start, length, trionic_page_of(fd))
+        if guard < 0:
+            munmap(start, length)
+            raise DeviceError(errno.ENOSPC, NO_GUARD)
+        trionic_guard_remove(b.guard)
+        munmap(b.start, b.length)
+        b.start, b.length, b.guard, b.lost = <uint8_t *> start, length, guard, trionic_guard_lost(guard)
+        return 0
+
+    cdef void release(self, int index) noexcept:
+        """One window less uses this backing."""
+        cdef Backing *b = &self.backings[index]
+        b.references -= 1
+        if b.references == 0:
+            trionic_guard_remove(b.guard)
+            munmap(b.start, b.length)
+            b.start = NULL
+
+    # --- memory that somebody else mapped
+
+    cdef int guard(self, void *start, uint64_t length, size_t page) except -1:
+        """Have faults in this memory caught, too; returns what `unguard` needs."""
+        cdef int guard = trionic_guard_add(start, length, page)
+        if guard < 0:
+            raise DeviceError(errno.ENOSPC, NO_GUARD)
+        return guard
+
+    cdef void unguard(self, int guard) noexcept:
+        trionic_guard_remove(guard)
+
+    cdef const int *lost_flag(self, int guard) noexcept nogil:
+        return trionic_guard_lost(guard)
+
+    cdef int lost(self):
+        """How many files have lost pages."""
+        cdef size_t i
+        return sum(1 for i in range(self._count) if self.backings[i].references and self.backings[i].lost[0])
