@@ -14,8 +14,12 @@ for that.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from device.dma import DmaWindows
-from device.function import PciFunction, ResetKind
+from device.function import IoEventFdArea, PciFunction, ResetKind
+from device.migration.migration import Migration
+from device.migration.sessions import Part
 from device.pci import Bar, Identity, MemoryBar
 from device.pci.capabilities import (
     Msi,
@@ -28,6 +32,7 @@ from device.pci.capabilities import (
     VirtioPciCfgAccess,
 )
 from device.virtio._split import VirtQueue
+from device.virtio.moving import TransportState
 from device.virtio.net import CONFIG_SIZE
 from device.virtio.transport import COMMON_CONFIG_SIZE, NOTIFY_STRIDE, Model, VirtioPciTransport
 
@@ -92,7 +97,24 @@ class NetworkCard:
         bar0.claim(
             DOORBELLS, self.transport.doorbells.size, self.transport.doorbells, gated=False, name="doorbells"
         )
-        self.function.on_reset = self._reset
+        self.function.on_reset = self.reset
 
-    def _reset(self, kind: ResetKind) -> None:
+    def connect_doorbells(self, fds: Sequence[int]) -> None:
+        """Let eventfds, one a queue, stand for its doorbell; whoever owns them does what a write would."""
+        self.function.doorbells = {
+            0: tuple(IoEventFdArea(DOORBELLS + NOTIFY_STRIDE * n, 2, fd) for n, fd in enumerate(fds))
+        }
+
+    def make_movable(self, parts: dict[bytes, Part], traits: dict[str, str]) -> Migration:
+        """Give the function its migration: the card's own parts, and after them those of its model."""
+        queues = ", ".join(str(queue.max_size) for queue in self.queues)
+        self.function.migration = Migration(
+            self.function,
+            {b"VIRT": TransportState(self.transport), **parts},
+            {"queues": queues, **traits},
+        )
+        return self.function.migration
+
+    def reset(self, kind: ResetKind) -> None:
+        """The function is being reset."""
         self.transport.reset()

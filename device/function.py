@@ -6,11 +6,14 @@ they take the gate that keeps data-path workers out, except for accesses to sub-
 `gated=False`.
 """
 
+from __future__ import annotations
+
 import errno
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from typing import TYPE_CHECKING
 
 from device._gate import Gate
 from device.dma import DmaWindows
@@ -24,12 +27,16 @@ from device.pci.capabilities.pm import D0
 from device.pci.config_space import CONFIG_SIZE, Command, ConfigSpace, Identity, Status
 from device.pci.memory_bar import MemoryBar
 
+if TYPE_CHECKING:
+    from device.migration.migration import Migration
+
 __all__ = [
     "Bar",
     "BarKind",
     "DeviceError",
     "Handler",
     "Identity",
+    "IoEventFdArea",
     "IrqFlags",
     "IrqIndex",
     "IrqKind",
@@ -81,10 +88,23 @@ class Region:
     mmap_areas: tuple[tuple[int, int], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class IoEventFdArea:
+    """Writes of `size` bytes at byte `offset` of a region that signalling the eventfd `fd` can stand for.
+
+    Only those of the value `datamatch`, unless that is None. The fd is the function's.
+    """
+
+    offset: int
+    size: int
+    fd: int
+    datamatch: int | None = None
+
+
 _ABSENT = Region(0, readable=False, writable=False)
 
 
-def _nothing(_what: object) -> None:
+def _nothing(*_what: object) -> None:
     pass
 
 
@@ -98,7 +118,11 @@ class PciFunction:
 
     Hooks, all called with the gate held: `on_reset(kind)` before anything else changes, so that the card can
     stop its workers' queues; `on_bus_master(enabled)` when software allows or forbids the function to do DMA:
-    a card does none while it is forbidden.
+    a card does none while it is forbidden; `on_stop()` and `on_run()` when the function was stopped and
+    before it runs again: a card that is stopped does no DMA and keeps its state as it is, but for what
+    register accesses ask of it, and one that runs again looks at everything it may have missed.
+
+    `migration` moves the function's state to another one, if it can be moved.
     """
 
     def __init__(
@@ -114,26 +138,32 @@ class PciFunction:
         self.name = name
         self.gate = Gate()
         self.dma = DmaWindows() if dma is None else dma
+        self.dma.gate = self.gate
         self.on_reset: Callable[[ResetKind], None] = _nothing
         self.on_bus_master: Callable[[bool], None] = _nothing
-        self._capabilities = tuple(capabilities)
+        self.on_stop: Callable[[], None] = _nothing
+        self.on_run: Callable[[], None] = _nothing
+        self.running = True
+        self.migration: Migration | None = None
+        self.doorbells: Mapping[int, Sequence[IoEventFdArea]] = {}
+        self.capabilities = tuple(capabilities)
         bars = tuple(bars)
         self.bars: dict[int, Bar | MemoryBar] = {bar.index: bar for bar in bars}
-        offsets = arrange(self._capabilities)
+        offsets = arrange(self.capabilities)
         self.config = ConfigSpace(
             identity, bars, interrupt_pin=interrupt_pin, first_capability=offsets[0] if offsets else 0
         )
-        place_all(self.config, self._capabilities, offsets)
+        place_all(self.config, self.capabilities, offsets)
         self.interrupts = Interrupts(
             pin=interrupt_pin > 0,
-            msi=max((part.vectors for part in self._capabilities if isinstance(part, Msi)), default=0),
-            msix=max((part.vectors for part in self._capabilities if isinstance(part, Msix)), default=0),
+            msi=max((part.vectors for part in self.capabilities if isinstance(part, Msi)), default=0),
+            msix=max((part.vectors for part in self.capabilities if isinstance(part, Msix)), default=0),
         )
-        self._power = next((part for part in self._capabilities if isinstance(part, PowerManagement)), None)
+        self._power = next((part for part in self.capabilities if isinstance(part, PowerManagement)), None)
         for bar in bars:
             if isinstance(bar, Bar):
                 bar.gate = self.gate
-        for part in self._capabilities:
+        for part in self.capabilities:
             part.connect(self)
         self.config.before_read(ConfigSpace.STATUS, Status.SIZE, self._show_status)
         self.config.after_write(ConfigSpace.COMMAND, Command.SIZE, self._command_written)
@@ -176,6 +206,15 @@ class PciFunction:
         except KeyError:
             raise DeviceError(errno.EINVAL, f"there is no region {index}") from None
         write(offset, data)
+
+    def io_eventfds(self, index: int) -> Sequence[IoEventFdArea]:
+        """The parts of region `index` that eventfds can stand for; DeviceError(EINVAL) if there is no region.
+
+        Signals count as writes only while the card's program runs.
+        """
+        if index not in self._reads:
+            raise DeviceError(errno.EINVAL, f"there is no region {index}")
+        return self.doorbells.get(index, ())
 
     def _config_read(self, offset: int, count: int) -> bytes:
         with self.gate:
@@ -282,6 +321,22 @@ class PciFunction:
 
     # --- life
 
+    def stop(self) -> None:
+        """No DMA and no interrupt from now on, until `run`; register accesses are served all the same."""
+        with self.gate:
+            if self.running:
+                self.running = False
+                self.interrupts.silence()
+                self.on_stop()
+
+    def run(self) -> None:
+        """Go on after `stop`; interrupts that came up meanwhile are signalled once."""
+        with self.gate:
+            if not self.running:
+                self.running = True
+                self.on_run()
+                self.interrupts.speak()
+
     def reset(self, kind: ResetKind) -> None:
         """Back to power-on values.
 
@@ -290,6 +345,9 @@ class PciFunction:
         DEVICE and FLR keep the eventfds, the client's masks and the DMA windows, as vfio-pci does, for they
         are the client's: it goes on using them. LOST_CLIENT drops them, and gives memory BARs new memory, so
         that mappings left behind reach the next client's card no more.
+
+        DEVICE and LOST_CLIENT let a stopped function run again and end a migration. FLR does not: it is the
+        driver's, who must not know of either.
         """
         with self.gate:
             log.info("%s: reset, %s", self.name, kind.value)
@@ -298,18 +356,29 @@ class PciFunction:
             if lost:
                 self.interrupts.unwire_all()
                 self.dma.unmap_all()
-            command = self.config.command
-            self.config.reset()
             self.interrupts.reset()
-            for part in self._capabilities:
-                part.adopt()
-            self._command_written(command, self.config.command)
+            self.replace_registers(self.config.reset)
             for bar in self.bars.values():
                 if isinstance(bar, MemoryBar):
                     if lost:
                         bar.renew()
                     else:
                         bar.clear()
+            if kind is not ResetKind.FLR:
+                if self.migration is not None:
+                    self.migration.reset()
+                self.run()
+
+    def replace_registers(self, replace: Callable[[], None]) -> None:
+        """Let `replace` change configuration space past its hooks, and follow the new values.
+
+        The gate is held.
+        """
+        command = self.config.command
+        replace()
+        for part in self.capabilities:
+            part.adopt()
+        self._command_written(command, self.config.command)
 
     def function_level_reset(self) -> None:
         """`reset(ResetKind.FLR)`, for the PCI Express capability."""

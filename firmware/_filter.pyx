@@ -53,6 +53,34 @@ cdef class ReceiveFilter:
         for i in range(self._multicast_count):
             self._multicast[i] = second[i]
 
+    def save(self):
+        """Modes, address and tables as bytes, for `stage` of another filter."""
+        modes = (self.promiscuous, self.all_multicast, self.all_unicast, self.no_multicast, self.no_unicast,
+                 self.no_broadcast, self._unicast_overflow, self._multicast_overflow)
+        keys = [self._mac]
+        keys += [self._unicast[i] for i in range(self._unicast_count)]
+        keys += [self._multicast[i] for i in range(self._multicast_count)]
+        return (bytes(modes) + bytes((self._unicast_count, self._multicast_count))
+                + b"".join(key.to_bytes(6, "little") for key in keys))
+
+    def stage(self, data):
+        """What makes this filter the one that saved `data`; ValueError if none did."""
+        modes, counts = bytes(data[:8]), bytes(data[8:10])
+        if len(counts) < 2 or not set(modes) <= {0, 1} or max(counts) > MAC_TABLE_ENTRIES:
+            raise ValueError("modes or tables that no filter has")
+        if len(data) != 10 + 6 * (1 + sum(counts)):
+            raise ValueError(f"{len(data)} bytes for {sum(counts)} addresses")
+        addresses = [bytes(data[at:at + 6]) for at in range(10, len(data), 6)]
+
+        def apply():
+            (self.promiscuous, self.all_multicast, self.all_unicast, self.no_multicast, self.no_unicast,
+             self.no_broadcast) = modes[:6]
+            self.set_mac(addresses[0])
+            self.set_tables(addresses[1:1 + counts[0]], addresses[1 + counts[0]:])
+            self._unicast_overflow, self._multicast_overflow = modes[6:]
+
+        return apply
+
     def accept(self, frame):
         """Whether `frame` would reach the driver."""
         cdef const uint8_t[::1] view = frame

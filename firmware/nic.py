@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
+from collections.abc import Callable
 
 import trio
 
 from device.card import DEFAULT_BAR2_SIZE, DEFAULT_QUEUE_SIZE, NetworkCard
 from device.errors import DeviceError
-from device.function import PciFunction
+from device.function import PciFunction, ResetKind
 from device.virtio.features import Feature
 from device.virtio.net import CONTROL_QUEUE, MAX_MTU, MIN_MTU, RX_QUEUE, TX_QUEUE, LinkStatus, NetConfig
 from device.virtio.transport import Isr
@@ -46,6 +48,9 @@ PORT_FEATURES: tuple[tuple[Offload, Feature, Feature], ...] = (
     (Offload.TSO6, Feature.NET_HOST_TSO6, Feature.NET_GUEST_TSO6),
     (Offload.ECN, Feature.NET_HOST_ECN, Feature.NET_GUEST_ECN),
 )
+
+# MAC address, permanent MAC address, link status as the driver knows it, whether the control queue is broken
+_SAVED = struct.Struct("<6s6sHB")
 
 _FRAMINGS = {Framing.PACKETS: 0, Framing.STREAM: 1, Framing.LOOPBACK: 2}
 
@@ -86,7 +91,7 @@ class Nic:
             raise ValueError(f"an MTU is {MIN_MTU} to {MAX_MTU} bytes, not {mtu}")
         self.name = name
         self.port = port
-        self._permanent_mac = mac
+        self._own_mac = self._permanent_mac = mac
         self._features = BASE_FEATURES
         if offloads:
             for offload, host, guest in PORT_FEATURES:
@@ -109,13 +114,21 @@ class Nic:
             self.filter,
         )
         self.function.dma.on_map = self.datapath.windows_changed
-        self.function.on_bus_master = self._bus_master
-        self._bus_master(self.function.bus_master)
+        self.function.on_reset = self._reset
+        self.function.on_bus_master = lambda _enabled: self._allow_dma()
+        self.function.on_stop = self._rest
+        self.function.on_run = self._go_on
+        self._allow_dma()
         self.datapath.poll_ns = 1000 * busy_poll_us
         self._attached: int | None = None
         self._control_broken = False
+        self._link_up = False
         port.on_change = self._port_changed
         self._port_changed()
+        self.card.make_movable(
+            {b"NETC": self, b"FILT": self.filter},
+            {"features": f"{int(self._features):#x}", "mtu": f"{mtu}"},
+        )
 
     # --- the model behind the virtio transport
 
@@ -173,12 +186,23 @@ class Nic:
                 if self.control.unfinished:
                     os.eventfd_write(self.datapath.event_fd, 1)  # after whatever else waits for its turn
 
-    def _bus_master(self, enabled: bool) -> None:
-        """Software allows or forbids DMA."""
-        self.datapath.bus_master = enabled
-        if enabled:
+    def _allow_dma(self) -> None:
+        """Software allows or forbids DMA, or the card is stopped or runs again."""
+        self.datapath.bus_master = self.function.bus_master and self.function.running
+        if self.datapath.bus_master:
             self.datapath.wake()
             self.notified(CONTROL_QUEUE)
+
+    def _rest(self) -> None:
+        """The card is stopped."""
+        self._allow_dma()
+        self._report_faults()
+
+    def _go_on(self) -> None:
+        """The card was stopped, or is another one now: look at everything, and say everything again."""
+        self._follow_port()
+        self.card.transport.resignal()
+        self._allow_dma()
 
     def _set_mac(self, mac: bytes) -> None:
         self.config.mac = mac
@@ -188,26 +212,65 @@ class Nic:
     # --- port and link
 
     def _port_changed(self) -> None:
-        """The port's link or file descriptor is another one now.
-
-        Attaching forgets what was read of a stream, so it is done only for another descriptor.
-        """
+        """The port's link or file descriptor is another one now."""
         if self.port.fd != self._attached:
-            self._attached = self.port.fd
-            self.datapath.attach(self.port.fd, _FRAMINGS[self.port.framing], self.port.vnet_header_size)
+            self._attached = None
         self.set_link(self.port.link_up)
 
     def set_link(self, up: bool) -> None:
-        """Plug or pull the cable: the driver sees it, and no frame passes while it is out."""
-        status = self.config.status | LinkStatus.LINK_UP if up else self.config.status & ~LinkStatus.LINK_UP
+        """Plug or pull the cable: the driver sees it, and no frame passes while it is out.
+
+        A card that is stopped does it when it runs again.
+        """
+        self._link_up = up
+        if self.function.running:
+            self._follow_port()
+
+    def _follow_port(self) -> None:
+        """Attaching forgets what was read of a stream, so it is done only for another descriptor."""
+        if self._attached is None:
+            self._attached = self.port.fd
+            self.datapath.attach(self.port.fd, _FRAMINGS[self.port.framing], self.port.vnet_header_size)
+        link = LinkStatus.LINK_UP if self._link_up else LinkStatus(0)
+        status = self.config.status & ~LinkStatus.LINK_UP | link
         with self.function.gate:
-            self.datapath.link_up = up
+            self.datapath.link_up = self._link_up
             if status != self.config.status:
                 self.config.status = status
                 self.card.transport.config_changed()
-                log.info("%s: link %s", self.name, "up" if up else "down")
+                log.info("%s: link %s", self.name, "up" if self._link_up else "down")
+
+    # --- moving to another card
+
+    def save(self) -> bytes:
+        """What the driver knows of the card, for `stage` of another one."""
+        return _SAVED.pack(self.config.mac, self._permanent_mac, self.config.status, self._control_broken)
+
+    def stage(self, data: bytes) -> Callable[[], None]:
+        """What makes this the card that saved `data`; ValueError if none did.
+
+        The address goes along, until the client is lost; the link is that of the port here, and if it
+        differs the driver is told.
+        """
+        if len(data) != _SAVED.size:
+            raise ValueError(f"{len(data)} bytes of {_SAVED.size}")
+        mac, permanent_mac, status, broken = _SAVED.unpack(data)
+        if permanent_mac[0] & 1 or not any(permanent_mac) or status & ~LinkStatus.LINK_UP or broken > 1:
+            raise ValueError("what no card shows its driver")
+
+        def apply() -> None:
+            self.config.mac, self._permanent_mac = mac, permanent_mac
+            self.config.status = LinkStatus(status)
+            self._control_broken = bool(broken)
+
+        return apply
 
     # --- life
+
+    def _reset(self, kind: ResetKind) -> None:
+        if kind is ResetKind.LOST_CLIENT:
+            self._permanent_mac = self._own_mac
+        self.card.reset(kind)
 
     async def run(self) -> None:
         """Serve until cancelled: the worker thread, its reports, and the port's own background work."""
@@ -242,16 +305,19 @@ class Nic:
         """Act on what the worker reported."""
         if self.control.unfinished:
             self.notified(CONTROL_QUEUE)
-        with self.function.gate:
-            for queue in self.card.queues:
-                if queue.fault:
-                    log.warning("%s: queue %d is broken: %s", self.name, queue.index, queue.fault)
-                    self.card.transport.needs_reset()
+        self._report_faults()
         if self.datapath.port_lost:
             log.warning("%s: port %s lost its peer", self.name, self.port.spec)
             self.datapath.detach()
             self._attached = None
             self.port.peer_lost()
+
+    def _report_faults(self) -> None:
+        with self.function.gate:
+            for queue in self.card.queues:
+                if queue.fault:
+                    log.warning("%s: queue %d is broken: %s", self.name, queue.index, queue.fault)
+                    self.card.transport.needs_reset()
 
     def close(self) -> None:
         """Let go of the port and the function; run() must have ended."""

@@ -29,7 +29,9 @@ class MsixBank(VectorBank):
         super().__init__(lines, count)
         self.function_mask = False
         self._entries = bytearray(count * ENTRY_SIZE)
-        self._arrived = bytearray(count)  # entries of wired vectors of a card that came here, wired anew or not
+        self._arrived = bytearray(
+            count
+        )  # entries of wired vectors of a card that came here, wired anew or not
         self.table = _Table(self, self._entries)
         self.pba = _Pba(self)
         self.reset()

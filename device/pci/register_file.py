@@ -79,6 +79,32 @@ class RegisterFile:
         """Every register to its reset value; runs no hooks."""
         self._values[:] = self._resets
 
+    def declared(self) -> bytes:
+        """Equal for two files exactly if the same registers with the same reset values are in them."""
+        return bytes(self._resets + self._writable + self._clears + self._placed)
+
+    def save(self) -> bytes:
+        """What software has set, without the zeros at the end; the rest is known to whoever has these registers."""
+        mask = int.from_bytes(self._writable, "little") | int.from_bytes(self._clears, "little")
+        kept = int.from_bytes(self._values, "little") & mask
+        return kept.to_bytes(self.size, "little").rstrip(b"\0")
+
+    def stage(self, data: bytes) -> Callable[[], None]:
+        """What makes the registers show `data`, which others like them saved; ValueError if it cannot be.
+
+        Runs no hooks.
+        """
+        mask = int.from_bytes(self._writable, "little") | int.from_bytes(self._clears, "little")
+        saved = int.from_bytes(data, "little")
+        if len(data) > self.size or saved & ~mask:
+            raise ValueError("bits that software cannot set")
+
+        def apply() -> None:
+            fixed = int.from_bytes(self._resets, "little") & ~mask
+            self._values[:] = (fixed | saved).to_bytes(self.size, "little")
+
+        return apply
+
     # --- the bus's side
 
     def read(self, offset: int, count: int) -> bytes:

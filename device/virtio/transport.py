@@ -147,17 +147,22 @@ class VirtioPciTransport:
             self.model.driver_ready(self.driver_features)
 
     def _features_agreed(self) -> bool:
-        excess = self.driver_features & ~self.model.offered_features()
-        missing = missing_requirement(self.driver_features)
+        objection = self.objection(self.driver_features)
+        if objection:
+            log.warning("driver %s", objection)
+        return objection is None
+
+    def objection(self, features: Feature) -> str | None:
+        """What a driver did wrong that accepted `features`, or None."""
+        excess = features & ~self.model.offered_features()
+        missing = missing_requirement(features)
         if excess:
-            log.warning("driver accepted features that were not offered: %#x", int(excess))
-        elif not self.driver_features & Feature.VERSION_1:
-            log.warning("driver did not accept VERSION_1; legacy drivers are not served")
-        elif missing:
-            log.warning("driver accepted %s without %s", *(flag.name for flag in missing))
-        else:
-            return True
-        return False
+            return f"accepted features that were not offered: {int(excess):#x}"
+        if not features & Feature.VERSION_1:
+            return "did not accept VERSION_1; legacy drivers are not served"
+        if missing:
+            return "accepted {} without {}".format(*(flag.name for flag in missing))
+        return None
 
     def config_differs(self) -> None:
         """What the driver may have read of the device-specific configuration holds no more (4.1.4.3.1)."""
@@ -175,6 +180,14 @@ class VirtioPciTransport:
             self.status |= Status.NEEDS_RESET
             if self.status & Status.DRIVER_OK:
                 self.lines.signal(Isr.CONFIG, self.config_vector)
+
+    def resignal(self) -> None:
+        """Interrupt a running driver for everything: whatever it was told last may not have reached it."""
+        if self.status & Status.DRIVER_OK:
+            self.lines.signal(Isr.CONFIG, self.config_vector)
+            for queue in self.queues:
+                if queue.enabled:
+                    self.lines.signal(Isr.QUEUE, queue.vector)
 
     def enable_queue(self, index: int) -> None:
         """Start a queue on what the driver wrote; a refusal leaves it disabled and asks for a reset."""
@@ -212,9 +225,16 @@ class CommonConfig:
 
     def deselect(self) -> None:
         """Every selector back to zero."""
-        self._device_feature_select = 0
-        self._driver_feature_select = 0
-        self._queue_select = 0
+        self.selectors = (0, 0, 0)
+
+    @property
+    def selectors(self) -> tuple[int, int, int]:
+        """device_feature_select, driver_feature_select and queue_select."""
+        return self._device_feature_select, self._driver_feature_select, self._queue_select
+
+    @selectors.setter
+    def selectors(self, selected: tuple[int, int, int]) -> None:
+        self._device_feature_select, self._driver_feature_select, self._queue_select = selected
 
     def read(self, offset: int, count: int) -> int:
         """Read `count` bytes as a little-endian number."""

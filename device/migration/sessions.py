@@ -1,0 +1,127 @@
+"""The two ends of a data transfer session: a state going out, a state coming in."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Protocol
+
+from device.errors import DeviceError
+from device.migration.memory import MAX_SECTION, PAGE, RUN, MemorySource, MemoryTarget, split
+from device.migration.stream import MAX_PAYLOAD, Section, StreamReader, StreamWriter, refuse
+from device.pci.memory_bar import MemoryBar
+
+MEMORY = b"MEM\0"
+
+# On-card memory is sent ahead once, and what changed meanwhile once more.
+PASSES = 2
+
+# Bytes of a stream beside on-card memory: the parts, of which a full loopback is the largest with 4 MiB.
+MAX_STATE = 32 << 20
+
+
+class Part(Protocol):
+    """What of a card moves as a whole. The card is stopped, and its gate held, during all of these."""
+
+    def save(self) -> bytes:
+        """The state as bytes, at most stream.MAX_PAYLOAD."""
+
+    def stage(self, data: bytes) -> Callable[[], None]:
+        """Check what another card saved, and return what takes it over, which cannot fail.
+
+        ValueError for bytes that no such part saves.
+        """
+
+
+class Outgoing:
+    """The state of a card with `memory`, as it is asked for."""
+
+    def __init__(self, identity: bytes, memory: Sequence[MemoryBar]) -> None:
+        self._writer = StreamWriter(identity)
+        self._memory = [MemorySource(bar) for bar in memory]
+        self._sections = self._changed()
+        self._last = False
+
+    def _changed(self) -> Iterator[Section]:
+        for source in self._memory:
+            for payload in source.changed():
+                yield MEMORY, payload
+
+    def finish(self, parts: Mapping[bytes, Part]) -> None:
+        """The card has stopped: what is left of its memory, then `parts` as they are now, then the end."""
+        saved = [(tag, part.save()) for tag, part in parts.items()]
+        self._sections = chain(self._changed(), saved)
+        self._last = True
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, at most `size`; fewer when there are no more, until `finish` for now."""
+        while self._writer.waiting < size:
+            section = next(self._sections, None)
+            if section is not None:
+                self._writer.section(*section)
+            else:
+                if self._last:
+                    self._writer.finish()
+                    self._last = False
+                break
+        return self._writer.take(size)
+
+
+class Incoming:
+    """A state on its way into a card with `memory` and `parts`, which nobody sees before `apply`.
+
+    What cannot become such a card's state is refused with DeviceError(EINVAL).
+    """
+
+    def __init__(self, identity: bytes, memory: Sequence[MemoryBar], parts: Mapping[bytes, Part]) -> None:
+        room = sum(bar.size for bar in memory)
+        self._reader = StreamReader(
+            identity,
+            {MEMORY: MAX_SECTION, **dict.fromkeys(parts, MAX_PAYLOAD)},
+            PASSES * room * (PAGE + MAX_SECTION - RUN + 8) // PAGE + MAX_STATE,
+        )
+        self._parts = parts
+        self._staged: dict[bytes, Callable[[], None]] = {}
+        self._memory = {bar.index: MemoryTarget(bar) for bar in memory}
+        self._refusal: DeviceError | None = None
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """The next bytes, in pieces of any size."""
+        if self._refusal:
+            raise self._refusal
+        try:
+            for tag, payload in self._reader.feed(data):
+                self._take(tag, payload)
+        except DeviceError as error:
+            self._refusal = error
+            raise
+
+    def _take(self, tag: bytes, payload: bytes) -> None:
+        if tag == MEMORY:
+            index, offset, pages = split(payload)
+            if index not in self._memory:
+                raise refuse(f"there is no memory in BAR {index}")
+            self._memory[index].put(offset, pages)
+        elif tag in self._staged:
+            raise refuse(f"part {tag!r} comes twice")
+        else:
+            try:
+                self._staged[tag] = self._parts[tag].stage(payload)
+            except ValueError as error:
+                raise refuse(f"part {tag!r}: {error}") from error
+
+    def apply(self) -> None:
+        """Make the card what came."""
+        if self._refusal:
+            raise self._refusal
+        if not self._reader.complete:
+            raise refuse("it does not go on to its end")
+        if missing := self._parts.keys() - self._staged.keys():
+            raise refuse(f"without parts {sorted(missing)}")
+        for target in self._memory.values():
+            target.apply()
+        for tag in self._parts:
+            self._staged[tag]()
+
+    def close(self) -> None:
+        """Forget what came."""
+        for target in self._memory.values():
+            target.close()
