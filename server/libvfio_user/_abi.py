@@ -15,10 +15,10 @@ from enum import Enum, IntEnum, IntFlag
 from typing import Any, Final
 
 __all__ = [
-    "CALLBACKS",
-    "FUNCTIONS",
     "ATTACH_NONBLOCKING",
+    "CALLBACKS",
     "DEVICE_PCI",
+    "FUNCTIONS",
     "MIGRATION_CALLBACKS_VERSION",
     "PCI_EXPRESS",
     "SGL_DIRECT_ACCESS",

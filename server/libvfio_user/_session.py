@@ -1,0 +1,247 @@
+"""One client's stay on a card that the library serves.
+
+Whoever calls the library must not wait: all cards share one thread. So a message is given to it only when
+the whole of it is in the socket and the socket has room for a reply.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import socket
+import struct
+import sys
+import termios
+import time
+from errno import ENOTCONN
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from device.function import PciFunction
+from protocol.errors import RemoteProtocolError
+from protocol.limits import HEADER_SIZE, MAX_VERSION_DATA, SessionLimits
+from protocol.messages import Header
+from server.libvfio_user._context import Context
+from server.libvfio_user._handover import hand_over
+from server.libvfio_user._interrupts import Bridge
+from server.libvfio_user._screen import LONGEST_LOOK, Screen, parse_header, refusal
+from server.libvfio_user._told import Told, log
+from server.libvfio_user.library import Library, LibraryError
+
+__all__ = ["Session"]
+
+# Seconds for the rest of a message of which a part has come: peers send a message in one call.
+_REST_DEADLINE: Final = 5.0
+_REST_PAUSE: Final = 0.001  # nothing wakes us when more of a message has come
+
+# Seconds that one reply may take to leave, for the library sends it in a call that waits.
+_REPLY_PATIENCE: Final = 1
+
+_MAX_VERSION_SIZE: Final = HEADER_SIZE + 4 + MAX_VERSION_DATA
+
+_TIMEVAL: Final = "@ll"  # struct timeval
+
+
+class _ClientLeftError(Exception):
+    """The client hung up."""
+
+
+class _ClientDroppedError(Exception):
+    """The client is hung up on, for the reason told."""
+
+
+class Session:
+    """Serves ``function`` to ``client``, a socket that it takes over, by a context of ``library`` in the
+    folder ``private``.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        function: PciFunction,
+        client: socket.socket,
+        private: Path,
+        *,
+        poll_us: int,
+        limits: SessionLimits,
+    ) -> None:
+        self._library = library
+        self._function = function
+        self._socket = client
+        self._private = private
+        self._poll_ns = 1000 * poll_us
+        self._limits = limits
+        self._told = Told(function.name, limits.tellings)
+        self._room = select.poll()
+        self._room.register(client, select.POLLOUT)
+
+    async def run(self) -> None:
+        """Serve until the client leaves or is dropped; raises nothing because of what a client does."""
+        with self._socket:
+            try:
+                version = await self._version()
+                await self._serve(version)
+            except _ClientLeftError:
+                log.info("%s: client left", self._function.name)
+            except _ClientDroppedError as reason:
+                log.warning("%s: client dropped: %s", self._function.name, reason)
+
+    async def _serve(self, version: bytes) -> None:
+        path = self._private / "context"
+        context = Context(self._library, self._function, path, self._told)
+        try:
+            bridge = Bridge(self._function, context.trigger, self._told)
+            try:
+                try:
+                    hand_over(context, self._socket, os.fspath(path), version)
+                except (LibraryError, OSError) as error:
+                    raise _ClientDroppedError(f"VERSION: {error}") from None
+                self._let_wait()
+                await self._until_the_end(context, bridge)
+            finally:
+                context.lost()
+                bridge.close()
+        finally:
+            context.close()
+
+    async def _until_the_end(self, context: Context, bridge: Bridge) -> None:
+        end: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(bridge.run)
+            try:
+                await self._drain(context, bridge)
+            except (_ClientLeftError, _ClientDroppedError) as reason:
+                end = reason
+                nursery.cancel_scope.cancel()
+        if end is not None:
+            raise end
+
+    async def _drain(self, context: Context, bridge: Bridge) -> None:
+        screen = Screen(context.windows)
+        credit = self._limits.messages_per_turn
+        while True:
+            bridge.follow()
+            look = self._look()
+            if not look:
+                await trio.lowlevel.wait_readable(self._socket)
+                credit = self._limits.messages_per_turn
+                continue
+            header = await self._whole(look)
+            await self._wait_for_room()
+            number = screen.verdict(header, look)
+            if number:
+                self._refuse(header, number)
+            else:
+                try:
+                    context.run()
+                except LibraryError as error:
+                    raise _gone(error) from None
+            credit -= 1
+            if credit <= 0:
+                await trio.lowlevel.checkpoint()
+                credit = self._limits.messages_per_turn
+
+    # --- messages
+
+    def _peek(self) -> bytes:
+        """What begins the next message; BlockingIOError when nothing is there."""
+        try:
+            look = self._socket.recv(LONGEST_LOOK, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            raise
+        except OSError:
+            raise _ClientLeftError from None
+        if not look:
+            raise _ClientLeftError
+        return look
+
+    def _look(self) -> bytes:
+        """`_peek`, tried for as long as the card spins; empty when nothing comes."""
+        end = 0
+        while True:
+            try:
+                return self._peek()
+            except BlockingIOError:
+                if not self._poll_ns:
+                    return b""
+                now = time.monotonic_ns()
+                end = end or now + self._poll_ns
+                if now >= end:
+                    return b""
+
+    async def _version(self) -> bytes:
+        """The client's first message, whole and taken from the socket."""
+        with trio.move_on_after(self._limits.version_deadline):
+            await trio.lowlevel.wait_readable(self._socket)
+            header = await self._whole(self._peek())
+            if header.message_size > _MAX_VERSION_SIZE:
+                raise _ClientDroppedError(f"VERSION of {header.message_size} bytes")
+            return self._socket.recv(header.message_size)
+        raise _ClientDroppedError("it does not say VERSION")
+
+    async def _whole(self, look: bytes) -> Header:
+        """The header of the message that begins with ``look``, once all of the message is there."""
+        if len(look) < HEADER_SIZE:
+            with trio.move_on_after(_REST_DEADLINE):
+                while len(look) < HEADER_SIZE:
+                    await trio.sleep(_REST_PAUSE)
+                    look = self._peek()
+            if len(look) < HEADER_SIZE:
+                raise _ClientDroppedError("it sent a part of a header and no more")
+        try:
+            header = parse_header(look)
+        except RemoteProtocolError as error:
+            raise _ClientDroppedError(str(error)) from None
+        if header.message_size > len(look) and header.message_size > self._untaken():
+            with trio.move_on_after(_REST_DEADLINE):
+                while header.message_size > self._untaken():
+                    self._peek()  # raises when the client has left instead
+                    await trio.sleep(_REST_PAUSE)
+            if header.message_size > self._untaken():
+                raise _ClientDroppedError(
+                    f"of a message of {header.message_size} bytes only {self._untaken()} came at once"
+                )
+        return header
+
+    def _untaken(self) -> int:
+        """Bytes that wait in the socket."""
+        return int.from_bytes(fcntl.ioctl(self._socket, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+    async def _wait_for_room(self) -> None:
+        """Until most of the socket's buffer is free: the library's reply then leaves without waiting."""
+        if self._room.poll(0):
+            return
+        with trio.move_on_after(self._limits.send_deadline):
+            await trio.lowlevel.wait_writable(self._socket)
+            return
+        raise _ClientDroppedError("it takes no replies")
+
+    def _refuse(self, header: Header, number: int) -> None:
+        """Take the message from the library and answer it; what descriptors it brought are closed."""
+        left = header.message_size
+        while left:
+            data, fds, _, _ = socket.recv_fds(self._socket, left, 253, socket.MSG_DONTWAIT)
+            for fd in fds:
+                os.close(fd)
+            left -= len(data)
+        log.debug("%s: command %d refused: %s", self._function.name, header.command, os.strerror(number))
+        reply = refusal(header, number)
+        if reply:
+            try:
+                self._socket.send(reply, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+            except OSError:
+                raise _ClientLeftError from None
+
+    def _let_wait(self) -> None:
+        """Give the connection the flags that the library expects, and an end to its waiting."""
+        self._socket.setblocking(True)
+        patience = struct.pack(_TIMEVAL, _REPLY_PATIENCE, 0)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
+
+
+def _gone(error: LibraryError) -> _ClientLeftError | _ClientDroppedError:
+    return _ClientLeftError() if error.errno == ENOTCONN else _ClientDroppedError(str(error))
