@@ -84,7 +84,7 @@ class RegisterFile:
         return bytes(self._resets + self._writable + self._clears + self._placed)
 
     def save(self) -> bytes:
-        """What software has set, without the zeros at the end; the rest is known to whoever has these registers."""
+        """What software can set, as it is, without the zeros at the end."""
         mask = int.from_bytes(self._writable, "little") | int.from_bytes(self._clears, "little")
         kept = int.from_bytes(self._values, "little") & mask
         return kept.to_bytes(self.size, "little").rstrip(b"\0")

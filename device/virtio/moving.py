@@ -16,7 +16,8 @@ from device.virtio.transport import QueueSetup, Status, VirtioPciTransport
 # status, generation, configuration vector, driver features, the three selectors
 _DEVICE = struct.Struct("<BBHQIIH")
 
-# size, desc, driver, device as written; enabled, event index, indirect; the same four as enabled; indices, vector
+# size, desc, driver, device as written; enabled, event index, indirect; the first four as enabled; indices
+# (last_avail, used_index), vector
 _QUEUE = struct.Struct("<HQQQBBBHQQQHHH")
 
 
