@@ -18,3 +18,5 @@ from protocol.events import Reply as Reply
 from protocol.events import Request as Request
 from protocol.events import Stray as Stray
 from protocol.limits import Limits as Limits
+from protocol.quirks import Overrides as Overrides
+from protocol.quirks import Quirk as Quirk

@@ -21,7 +21,9 @@ class State(IntEnum):
     READY = 2
     """Agreed; commands and replies flow both ways."""
     BROKEN = 3
-    """The peer broke the protocol or refused us; nothing may be sent or read."""
+    """The peer broke the protocol or refused us; nothing may be read, and nothing sent but answers to what it
+    asked before.
+    """
     CLOSED = 4
     """We closed."""
 
@@ -58,6 +60,7 @@ TRANSITIONS: Final[dict[tuple[State, Step], State]] = {
     (State.START, Step.CLOSE): State.CLOSED,
     (State.OFFERED, Step.CLOSE): State.CLOSED,
     (State.READY, Step.CLOSE): State.CLOSED,
+    (State.BROKEN, Step.SEND_REPLY): State.BROKEN,
     (State.BROKEN, Step.CLOSE): State.CLOSED,
     (State.CLOSED, Step.CLOSE): State.CLOSED,
 }

@@ -120,19 +120,31 @@ def _from_document(document: Mapping[str, object]) -> Capabilities:
 
 def offer(limits: Limits) -> bytes:
     """The JSON, NUL included, with which a client proposes itself."""
-    return _encode(
-        max_msg_fds=limits.max_msg_fds,
-        max_data_xfer_size=limits.max_data_xfer_size,
-        max_dma_maps=limits.max_dma_maps,
-        pgsizes=limits.pgsizes,
-    )
+    said: dict[str, object] = {
+        "max_msg_fds": limits.max_msg_fds,
+        "max_data_xfer_size": limits.max_data_xfer_size,
+        "max_dma_maps": limits.max_dma_maps,
+        "pgsizes": limits.pgsizes,
+    }
+    if limits.write_multiple:
+        said["write_multiple"] = True
+    if limits.twin_socket:
+        said["twin_socket"] = {"supported": True}
+    return _encode(said)
+
+
+def twin_agreed(limits: Limits, proposed: Capabilities) -> bool:
+    """Whether a server with these limits gives this client a twin socket: both want one, and the client
+    takes the descriptor.
+    """
+    return limits.twin_socket and proposed.twin_socket and proposed.max_msg_fds > 0
 
 
 def answer(limits: Limits, proposed: Capabilities) -> bytes:
     """The JSON with which a server answers: of what it could say, only what the client proposed.
 
     The first two are said always: a client that proposed nothing still must know what it may send, and
-    every known server tells it.
+    every known server tells it. A twin socket is the first descriptor of the reply.
     """
     said: dict[str, object] = {
         "max_msg_fds": limits.max_msg_fds,
@@ -142,8 +154,12 @@ def answer(limits: Limits, proposed: Capabilities) -> bytes:
         said["max_dma_maps"] = min(limits.max_dma_maps, proposed.max_dma_maps)
     if "pgsizes" in proposed.mentioned:
         said["pgsizes"] = limits.pgsizes
-    return _encode(**said)
+    if limits.write_multiple and proposed.write_multiple:
+        said["write_multiple"] = True
+    if twin_agreed(limits, proposed):
+        said["twin_socket"] = {"supported": True, "fd_index": 0}
+    return _encode(said)
 
 
-def _encode(**capabilities: object) -> bytes:
+def _encode(capabilities: dict[str, object]) -> bytes:
     return json.dumps({"capabilities": capabilities}, separators=(",", ":")).encode() + b"\0"

@@ -34,7 +34,7 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class Refused:
     """The peer asks for something malformed, out of place or unknown; answer with `Connection.error(event,
-    event.errno)`.
+    event.errno)`. `awaited` is how many bytes of data a peer with PADDED_ERRORS waits for.
     """
 
     command: int
@@ -43,14 +43,17 @@ class Refused:
     errno: int
     reason: str
     fds: tuple[int, ...] = ()
+    awaited: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Negotiated:
     """VERSION is agreed on; both ends may send commands now.
 
-    On a server, `reply` must be sent (nothing else has to be done); on a client it is empty. `version` is
-    the agreed one, `peer` what the other side announced. `fds` came with the message.
+    On a server, `reply` must be sent; if `twin` is true, one end of a new socket pair must go with it as its
+    only descriptor, and the other end is for `Connection.twin`. On a client `reply` is empty, and `twin_fd`
+    is the twin socket among `fds`, if the server made one. `version` is the agreed one, `peer` what the other
+    side announced. `fds` came with the message.
     """
 
     version: Version
@@ -58,6 +61,8 @@ class Negotiated:
     reply: bytes
     message_id: int
     fds: tuple[int, ...] = ()
+    twin: bool = False
+    twin_fd: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +109,8 @@ class Stray:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """The end: send `farewell` if it is not empty, close the socket. Always the last event of a
-    connection.
+    """The end: answer the requests that were reported before it, send `farewell` if it is not empty, close
+    the socket. Always the last event of a connection.
     """
 
     error: RemoteProtocolError

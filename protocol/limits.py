@@ -77,6 +77,9 @@ MAX_OUTSTANDING: Final = 4096
 short.
 """
 
+ADDRESS_SPACE: Final = 1 << 64
+"""IOVAs and region offsets are below; a span that ends beyond would wrap at the other end."""
+
 MAX_ERRNO: Final = 4095
 """The largest errno a Linux system call gives (include/linux/err.h, MAX_ERRNO); a larger one in a reply
 means EIO.
@@ -165,8 +168,8 @@ READS_PER_TURN: Final = 16
 """How often the socket is read before other tasks get their turn, however much the server says."""
 
 MAX_UNREAD_ANSWERS: Final = 64 << 20
-"""Bytes of answers to DMA_READ that a server may leave unread before it asks for more: 64 of the largest usual
-size at a time, and a further one of any size.
+"""Bytes of answers to DMA_READ that a server may leave unread before it asks for more: 64 of the largest
+usual size at a time, and a further one of any size.
 """
 
 MAX_DMA_PAGE: Final = 1 << 30

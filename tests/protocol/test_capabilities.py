@@ -81,7 +81,9 @@ def test_malformed_announcements_are_refused(wrong: bytes) -> None:
 def test_a_server_answers_only_with_what_was_proposed() -> None:
     assert set(said(answer(Limits(), Capabilities()))) == {"max_msg_fds", "max_data_xfer_size"}
     answered = said(answer(Limits(), parse_capabilities(QEMU)))
-    assert set(answered) == {"max_msg_fds", "max_data_xfer_size", "max_dma_maps", "pgsizes"}
+    assert set(answered) == {
+        *("max_msg_fds", "max_data_xfer_size", "max_dma_maps", "pgsizes", "write_multiple")
+    }
     assert answered["max_msg_fds"] == 16
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from protocol import Limits
@@ -18,7 +20,7 @@ from protocol import Limits
         {"pgsizes": 0},
     ],
 )
-def test_what_a_known_peer_would_refuse_cannot_be_announced(wrong: dict[str, int]) -> None:
+def test_what_a_known_peer_would_refuse_cannot_be_announced(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Limits(**wrong)
 

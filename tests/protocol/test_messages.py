@@ -13,19 +13,33 @@ from hypothesis import strategies as st
 from protocol import messages, vfio
 from protocol._fields import U32, Record, layout_table, record
 from protocol.messages import (
+    Bitmap,
     CapabilityHeader,
+    DeviceFeature,
     DeviceInfo,
+    DmaAccess,
+    DmaLoggingControl,
+    DmaLoggingRange,
+    DmaLoggingReport,
     DmaMap,
     DmaUnmap,
+    FeatureMigration,
+    FeatureMigState,
     Header,
     HeaderFlags,
+    IoEventFd,
+    IoRegionFd,
     IrqInfo,
+    MigData,
     RegionAccess,
     RegionInfo,
+    RegionIoFds,
     SetIrqs,
     SparseMmapArea,
     SparseMmapHeader,
     Version,
+    WriteMulti,
+    WriteMultiEntry,
 )
 
 RECORDS = [
@@ -88,6 +102,38 @@ WITNESSES: list[tuple[Record, bytes]] = [
         little("14000000 24000000 02000000 01000000 03000000"),
     ),
     (RegionAccess(0x14, 7, 4), little("1400000000000000 07000000 04000000")),
+    (Bitmap(0x1000, 0x40), little("0010000000000000 4000000000000000")),
+    (RegionIoFds(96, 0, 2, 2), little("60000000 00000000 02000000 02000000")),
+    (
+        IoEventFd(0x3000, 2, 1, flags=vfio.IoEventFdFlags.DATAMATCH, datamatch=0x0102),
+        little("0030000000000000 0200000000000000 01000000 00000000 01000000 00000000 0201000000000000"),
+    ),
+    (
+        IoRegionFd(0x3000, 0, 3, flags=vfio.IoRegionFdFlags.POSTED_WRITES, user_data=7),
+        little("0030000000000000 0000000000000000 03000000 01000000 02000000 00000000 0700000000000000"),
+    ),
+    (DmaAccess(0x1_0000_2000, 0x800), little("0020000001000000 0008000000000000")),
+    (WriteMulti(2), little("0200000000000000")),
+    (
+        WriteMultiEntry(0x3002, 4, 2, b"\x01\x00\0\0\0\0\0\0"),
+        little("0230000000000000 04000000 02000000 0100000000000000"),
+    ),
+    (
+        DeviceFeature(16, vfio.FeatureFlags.SET | vfio.Feature.MIG_DEVICE_STATE),
+        little("10000000 02000200"),
+    ),
+    (
+        FeatureMigration(vfio.MigrationFlags.STOP_COPY | vfio.MigrationFlags.PRE_COPY),
+        little("0500000000000000"),
+    ),
+    (FeatureMigState(vfio.DeviceState.STOP_COPY), little("03000000 00000000")),
+    (DmaLoggingControl(0x1000, 2), little("0010000000000000 02000000 00000000")),
+    (DmaLoggingRange(0x8000_0000, 0x10_0000), little("0000008000000000 0000100000000000")),
+    (
+        DmaLoggingReport(0x8000_0000, 0x10_0000, 0x1000),
+        little("0000008000000000 0000100000000000 0010000000000000"),
+    ),
+    (MigData(72, 64), little("48000000 40000000")),
 ]
 
 
@@ -104,11 +150,11 @@ def test_every_record_has_a_witness() -> None:
 @pytest.mark.parametrize("cls", RECORDS)
 @given(data=st.data())
 def test_decoding_what_was_encoded_gives_it_back(cls: type[Record], data: st.DataObject) -> None:
-    values = [data.draw(st.integers(0, (1 << 8 * field.size) - 1), field.name) for field in cls.layout]
-    value = cls.decode(
-        b"".join(v.to_bytes(f.size, sys.byteorder) for v, f in zip(values, cls.layout, strict=True))
-    )
-    assert [getattr(value, field.name) for field in cls.layout] == values
+    values = [data.draw(st.binary(min_size=f.size, max_size=f.size), f.name) for f in cls.layout]
+    value = cls.decode(b"".join(values))
+    for field, octets in zip(cls.layout, values, strict=True):
+        got = getattr(value, field.name)
+        assert octets == (got if isinstance(got, bytes) else got.to_bytes(field.size, sys.byteorder))
     assert cls.decode(b"??" + value.encode() + b"!!", 2) == value
 
 
@@ -121,6 +167,18 @@ def test_a_buffer_that_ends_too_early_is_refused(cls: type[Record]) -> None:
 def test_a_value_too_large_for_its_field_is_refused() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         RegionAccess(0, 0, 1 << 32).encode()
+
+
+@pytest.mark.parametrize("data", [b"", b"1234567", b"123456789"])
+def test_octets_are_as_many_as_were_declared(data: bytes) -> None:
+    with pytest.raises(ValueError, match="8 bytes of data"):
+        WriteMultiEntry(0, 0, 1, data).encode()
+
+
+def test_a_feature_is_the_lower_half_of_its_flags() -> None:
+    asked = DeviceFeature.decode(little("08000000 08000100"))
+    assert asked.feature == vfio.Feature.DMA_LOGGING_REPORT
+    assert vfio.FeatureFlags.GET in asked.flags
 
 
 def test_a_declaration_that_does_not_add_up_is_an_error() -> None:
@@ -141,6 +199,11 @@ def test_flags_come_back_as_flags_and_keep_unknown_bits() -> None:
 def test_pretty_names_flags_and_writes_addresses_in_hexadecimal() -> None:
     shown = DmaMap(32, vfio.DmaMapFlags.READ, 0, 0xFEE0_0000, 4096).pretty()
     assert shown == "DmaMap(argsz=32, flags=READ, offset=0x0, address=0xfee00000, length=0x1000)"
+
+
+def test_pretty_writes_octets_in_hexadecimal() -> None:
+    shown = WriteMultiEntry(16, 2, 1, b"\xab" + bytes(7)).pretty()
+    assert shown == "WriteMultiEntry(offset=0x10, region=2, count=1, data=ab00000000000000)"
 
 
 def test_the_layout_table_lists_fields_in_wire_order() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import struct
 
-from protocol import Connection, Negotiated, Role
+from protocol import Connection, Negotiated, Overrides, Role
 
 VERSION, DMA_MAP, DMA_UNMAP, GET_INFO, REGION_INFO, IRQ_INFO, SET_IRQS = 1, 2, 3, 4, 5, 7, 8
-REGION_READ, REGION_WRITE, DMA_READ, RESET = 9, 10, 11, 13
+REGION_READ, REGION_WRITE, DMA_READ, DMA_WRITE, RESET = 9, 10, 11, 12, 13
+IO_FDS, WRITE_MULTI, FEATURE, MIG_READ, MIG_WRITE = 6, 15, 16, 17, 18
 REPLY, NO_REPLY, ERROR = 1, 16, 32
 
 
@@ -33,20 +34,36 @@ def write_request(message_id: int, region: int, offset: int, data: bytes, *, fla
     )
 
 
-def ready_server() -> Connection:
-    """A server that agreed on a version with a client that takes 16 descriptors."""
-    server = Connection(Role.SERVER)
-    (event,) = server.receive(proposal(json=b'{"capabilities":{"max_msg_fds":16}}\0'))
+PLAIN_CLIENT = b'{"capabilities":{"max_msg_fds":16}}\0'
+PLAIN_SERVER = b'{"capabilities":{"max_msg_fds":7,"max_data_xfer_size":65536}}\0'
+
+
+def ready_server(
+    json: bytes = PLAIN_CLIENT, *, minor: int = 0, quirks: Overrides | None = None
+) -> Connection:
+    """A server that agreed on a version with a client, if nothing is said with one that takes 16
+    descriptors.
+    """
+    server = Connection(Role.SERVER, quirks=quirks)
+    (event,) = server.receive(proposal(json=json, minor=minor))
     assert isinstance(event, Negotiated)
     return server
 
 
-def ready_client() -> Connection:
-    """A client that agreed on a version with a server that takes 8 descriptors."""
-    client = Connection(Role.CLIENT)
+def ready_client(
+    json: bytes = PLAIN_SERVER,
+    *,
+    minor: int = 1,
+    fds: tuple[int, ...] = (),
+    quirks: Overrides | None = None,
+) -> Connection:
+    """A client that agreed on a version with a server, if nothing is said with one that takes 7
+    descriptors.
+    """
+    client = Connection(Role.CLIENT, quirks=quirks)
     sent = client.propose()
     message_id = struct.unpack_from("=H", sent)[0]
-    payload = struct.pack("=HH", 0, 1) + b'{"capabilities":{"max_msg_fds":8,"max_data_xfer_size":65536}}\0'
-    (event,) = client.receive(message(message_id, VERSION, payload, flags=REPLY))
+    payload = struct.pack("=HH", 0, minor) + json
+    (event,) = client.receive(message(message_id, VERSION, payload, flags=REPLY), fds)
     assert isinstance(event, Negotiated)
     return client
