@@ -1,4 +1,7 @@
-"""Bytes with descriptors over a non-blocking unix socket; nothing here knows the protocol or waits."""
+"""Bytes with descriptors over a unix socket; nothing here knows the protocol.
+
+Nothing here waits either, even where the other end holds the same open file and takes its O_NONBLOCK away.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,11 @@ import array
 import os
 import socket
 from collections.abc import Iterable, Sequence
+from typing import Final
 
-_FD_SIZE = array.array("i").itemsize
+_SEND: Final = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
+_RECEIVE: Final = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+_FD_SIZE: Final = array.array("i").itemsize
 
 
 def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[int]) -> int:
@@ -17,9 +23,9 @@ def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[int]) -> i
     """
     try:
         if not fds:
-            return sock.send(data, socket.MSG_NOSIGNAL)
+            return sock.send(data, _SEND)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-        return sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+        return sock.sendmsg([data], rights, _SEND)
     except BlockingIOError:
         return 0
 
@@ -31,9 +37,7 @@ def receive(sock: socket.socket, buffer: bytearray, max_fds: int) -> tuple[int, 
     The descriptors are close-on-exec and the caller's. Raises OSError if the connection is gone.
     """
     try:
-        size, control, flags, _ = sock.recvmsg_into(
-            [buffer], socket.CMSG_SPACE(max_fds * _FD_SIZE), socket.MSG_CMSG_CLOEXEC
-        )
+        size, control, flags, _ = sock.recvmsg_into([buffer], socket.CMSG_SPACE(max_fds * _FD_SIZE), _RECEIVE)
     except BlockingIOError:
         return None
     if not control:

@@ -7,7 +7,6 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from errno import EAGAIN
-from typing import Final
 
 import trio
 
@@ -15,48 +14,57 @@ from client._nursery import background
 from client._socket import close_all, receive
 from client.errors import BadReplyError, ConnectError, ServerError
 from client.regions import IrqDetails, RegionDetails, needed_argsz, region_from_reply
-from client.session import RECEIVE_SIZE, Session
-from protocol import Broken, Command, Connection, Limits, Negotiated, Role
+from client.session import Session
+from protocol import Broken, Command, Connection, Event, Limits, Negotiated, Role
+from protocol.limits import (
+    BUSY_RETRY,
+    FIRST_ARGSZ,
+    MAX_IRQS,
+    MAX_QUESTIONS,
+    MAX_REGIONS,
+    RECEIVE_SIZE,
+)
 from protocol.messages import DeviceInfo, IrqInfo, RegionInfo
+from protocol.quirks import Overrides
 from protocol.vfio import IrqInfoFlags, RegionFlags
-
-FIRST_ARGSZ: Final = 512
-"""Bytes allowed in the first question about a region: enough for 29 sparse areas."""
-
-MAX_REGIONS: Final = 100
-MAX_IRQS: Final = 50
-"""More is a malign server's (QEMU draws the same lines)."""
-
-MAX_QUESTIONS: Final = 4
-"""Times a region is asked for with more room; an honest server needs two."""
-
-BUSY_RETRY: Final = 0.01
-"""Seconds until a listener with a full backlog is tried again; unix sockets cannot be waited for there."""
 
 
 @asynccontextmanager
-async def connect(path: str | os.PathLike[str], *, limits: Limits | None = None) -> AsyncIterator[Session]:
+async def connect(
+    path: str | os.PathLike[str], *, limits: Limits | None = None, quirks: Overrides | None = None
+) -> AsyncIterator[Session]:
     """A session with the server at a unix socket; it ends with the block.
+
+    `limits` are announced to the server; `quirks` says which peers' habits to expect beyond those that are
+    recognised.
 
     Raises ConnectError if nobody listens there or no version can be agreed on. There is no timeout of its
     own: use trio.fail_after.
     """
     sock = await _open(os.fspath(path))
-    async with over_socket(sock, limits=limits) as session:
+    async with over_socket(sock, limits=limits, quirks=quirks) as session:
         yield session
 
 
 @asynccontextmanager
-async def over_socket(sock: socket.socket, *, limits: Limits | None = None) -> AsyncIterator[Session]:
+async def over_socket(
+    sock: socket.socket, *, limits: Limits | None = None, quirks: Overrides | None = None
+) -> AsyncIterator[Session]:
     """A session over a connected unix stream socket, which it takes over; see `connect`."""
     sock.setblocking(False)
-    connection = Connection(Role.CLIENT, limits)
-    session = Session(sock, connection)
+    connection = Connection(Role.CLIENT, limits, quirks=quirks or Overrides())
     try:
-        await _negotiate(sock, connection)
+        twin = await _negotiate(sock, connection)
+    except BaseException:
+        close_all(connection.close())
+        sock.close()
+        raise
+    session = Session(sock, connection, twin)
+    try:
         async with background() as nursery:
-            nursery.start_soon(session.read_loop)
-            nursery.start_soon(session.write_loop)
+            for wire in session.wires:
+                nursery.start_soon(wire.read_loop)
+                nursery.start_soon(wire.write_loop)
             await _ask(session)
             yield session
     finally:
@@ -79,13 +87,14 @@ async def _open(path: str) -> socket.socket:
         raise
 
 
-async def _negotiate(sock: socket.socket, connection: Connection) -> None:
+async def _negotiate(sock: socket.socket, connection: Connection) -> socket.socket | None:
+    """Agree on a version; the twin socket, if the server made one."""
     buffer = bytearray(RECEIVE_SIZE)
     proposal = connection.propose()
     try:
         if sock.send(proposal) != len(proposal):
             raise ConnectError("the server does not take VERSION")
-        while not connection.ready:
+        while True:
             await trio.lowlevel.wait_readable(sock)
             got = receive(sock, buffer, connection.limits.max_msg_fds)
             if got is None:
@@ -94,14 +103,36 @@ async def _negotiate(sock: socket.socket, connection: Connection) -> None:
             if size == 0:
                 raise ConnectError("the server closed the connection instead of agreeing on a version")
             events = connection.receive(memoryview(buffer)[:size], fds, fds_lost=lost)
-            for event in events:
-                close_all(event.fds)
-                if isinstance(event, Broken):
-                    raise ConnectError(f"no agreement with the server: {event.error}")
-            if len(events) > 1 or not isinstance(events[0] if events else None, Negotiated | None):
-                raise ConnectError("the server speaks before it was asked")
+            if events:
+                return _agreed(events)
     except OSError as error:
         raise ConnectError(f"no agreement with the server: {error.strerror}") from None
+
+
+def _agreed(events: list[Event]) -> socket.socket | None:
+    first = events[0]
+    twin_fd = first.twin_fd if isinstance(first, Negotiated) and len(events) == 1 else None
+    for event in events:
+        close_all(fd for fd in event.fds if fd != twin_fd)
+        if isinstance(event, Broken):
+            raise ConnectError(f"no agreement with the server: {event.error}")
+    if len(events) > 1 or not isinstance(first, Negotiated):
+        raise ConnectError("the server speaks before it was asked")
+    return None if twin_fd is None else _twin_socket(twin_fd)
+
+
+def _twin_socket(fd: int) -> socket.socket:
+    """A descriptor of the server's as a socket of ours; takes it over."""
+    try:
+        twin = socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        raise ConnectError("the server's twin socket is none") from None
+    if (twin.family, twin.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+        twin.close()
+        raise ConnectError("the server's twin socket is not a unix stream socket")
+    twin.setblocking(False)
+    return twin
 
 
 async def _ask(session: Session) -> None:

@@ -1,4 +1,8 @@
-"""Memory that the device may reach: a memfd mapped here and, by DMA_MAP, at an I/O virtual address there."""
+"""Memory that the device may reach: mapped here and, by DMA_MAP, at an I/O virtual address there.
+
+Shared memory is a memfd that the server maps as well. Memory that is not shared it reaches by DMA_READ and
+DMA_WRITE alone, which the session answers.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,12 @@ from typing import Final
 
 import trio
 
-from client.errors import ClientError, ServerError
+from client.errors import ClientError
 from client.session import READ_WRITE, Session
-from protocol import LocalProtocolError
+from protocol.limits import MAX_DMA_PAGE, UNMAP_TIMEOUT
 from protocol.vfio import DmaMapFlags
 
 PAGE: Final = mmap.PAGESIZE
-
-UNMAP_TIMEOUT: Final = 2.0
-"""Seconds that a server gets to let go of a window when its block ends by an exception or a cancellation."""
 
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -36,19 +37,24 @@ class DmaBuffer:
 class DmaMemory:
     """A window of `size` bytes at `iova`, zeroed. Made by `dma_memory`.
 
-    The memfd is sealed against changing its size: neither side can make the other's access a SIGBUS.
+    The memfd of shared memory is sealed against changing its size: neither side can make the other's access
+    a SIGBUS. `fd` is None where the memory is not shared.
     """
 
-    def __init__(self, size: int, iova: int) -> None:
+    def __init__(self, size: int, iova: int, *, shared: bool = True) -> None:
         self.size = size
         self.iova = iova
-        self.fd = os.memfd_create("dma", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.fd: int | None = None
+        if shared:
+            self.fd = os.memfd_create("dma", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(self.fd, size)
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
-            self._memory = mmap.mmap(self.fd, size)
+            if self.fd is not None:
+                os.ftruncate(self.fd, size)
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+            self._memory = mmap.mmap(-1 if self.fd is None else self.fd, size)
         except BaseException:
-            os.close(self.fd)
+            if self.fd is not None:
+                os.close(self.fd)
             raise
         self.view = memoryview(self._memory)
         self._taken = 0
@@ -81,38 +87,67 @@ class DmaMemory:
                 view.release()
         with suppress(BufferError):
             self._memory.close()
-        os.close(self.fd)
+        if self.fd is not None:
+            os.close(self.fd)
 
 
 @asynccontextmanager
 async def dma_memory(
-    session: Session, size: int, *, iova: int | None = None, flags: DmaMapFlags = READ_WRITE
+    session: Session,
+    size: int,
+    *,
+    iova: int | None = None,
+    flags: DmaMapFlags = READ_WRITE,
+    shared: bool = True,
 ) -> AsyncIterator[DmaMemory]:
-    """A window of memory (`size` bytes, rounded up to pages) that the device reaches until the block ends.
+    """A window of memory (`size` bytes, rounded up to pages of both sides) that the device reaches until the
+    block ends; by messages alone if it is not `shared`.
 
     `iova` picks the address, otherwise a free one is taken. Raises ServerError if the server refuses the
-    window. A mapping that is cancelled before its answer is taken back like any other. The address of a
-    window that the server does not let go of stays taken for the rest of the session.
+    window, ClientError if the server said before that it would (max_dma_maps, pgsizes).
+    A mapping that is cancelled before its answer is taken back like any other. The address of a window that
+    the server does not let go of stays taken for the rest of the session.
     """
-    size = -(-size // PAGE) * PAGE
-    start = session.iovas.take(size, at=iova)
-    mapped = False
+    page = max(PAGE, session.dma_page_size)
+    if page > MAX_DMA_PAGE:
+        raise ClientError(f"the server's smallest page for DMA has {page:#x} bytes")
+    size = -(-size // page) * page
+    start = session.iovas.take(size, align=page, at=iova)
     try:
-        memory = DmaMemory(size, start)
-        try:
-            mapped = True
-            try:
-                await session.dma_map(start, size, flags, memory.fd)
-            except (ServerError, LocalProtocolError):
-                mapped = False
-                raise
+        memory = DmaMemory(size, start, shared=shared)
+    except BaseException:
+        session.iovas.give(start, size)
+        raise
+    try:
+        async with _window(session, memory, flags):
             yield memory
-        finally:
-            if mapped:
-                with trio.move_on_after(UNMAP_TIMEOUT, shield=True), suppress(ClientError):
-                    await session.dma_unmap(start, size)
-                    mapped = False
-            memory.close()
     finally:
-        if not mapped:
-            session.iovas.give(start, size)
+        memory.close()
+
+
+@asynccontextmanager
+async def mapped_in(
+    session: Session, memory: DmaMemory, *, flags: DmaMapFlags = READ_WRITE
+) -> AsyncIterator[None]:
+    """The memory of another session in this one too, at the same address; raises as `dma_memory` does."""
+    session.iovas.take(memory.size, at=memory.iova)
+    async with _window(session, memory, flags):
+        yield
+
+
+@asynccontextmanager
+async def _window(session: Session, memory: DmaMemory, flags: DmaMapFlags) -> AsyncIterator[None]:
+    """Map the memory; its address was taken, and is given back if the server has let go of it."""
+    iova, size = memory.iova, memory.size
+    try:
+        await session.dma_map(iova, size, flags, memory.fd, view=memory.view)
+        yield
+    finally:
+        free = (iova, size) not in session.windows  # it was refused, by the server or before
+        if not free:
+            with trio.move_on_after(UNMAP_TIMEOUT, shield=True), suppress(ClientError):
+                await session.dma_unmap(iova, size)
+                free = True
+            session.windows.remove(iova, size)
+        if free:
+            session.iovas.give(iova, size)

@@ -19,12 +19,8 @@ import trio
 
 from client.errors import ClientError
 from client.session import Session
+from protocol.limits import DISABLE_TIMEOUT
 from protocol.vfio import IrqIndex, IrqInfoFlags, IrqSetFlags
-
-DISABLE_TIMEOUT: Final = 2.0
-"""Seconds that a server gets to let go of the eventfds when their block ends by an exception or a
-cancellation.
-"""
 
 _WIRE: Final = IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER
 _DISABLE: Final = IrqSetFlags.DATA_NONE | IrqSetFlags.ACTION_TRIGGER

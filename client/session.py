@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import os
 import socket
-from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import outcome
 import trio
 
-from client._socket import close_all, receive, send
+from client._answers import Twin, answer
+from client._socket import close_all
+from client._wire import Wire, gone
 from client.errors import BadReplyError, ClientError, Disconnected, ServerError
+from client.io_fds import IoFds, ask_io_fds
 from client.iova import IovaSpace
 from client.regions import IrqDetails, RegionDetails
+from client.windows import Window, Windows
 from protocol import (
     BadReply,
     Broken,
@@ -32,26 +34,32 @@ from protocol import (
     Connection,
     ErrorReply,
     Event,
+    LocalProtocolError,
     Refused,
     Reply,
+    Request,
 )
-from protocol.limits import MAX_OUTSTANDING
-from protocol.messages import DeviceInfo, DmaMap, DmaUnmap, Record, RegionAccess, SetIrqs
-from protocol.vfio import DmaMapFlags, DmaUnmapFlags, IrqSetFlags
+from protocol.limits import (
+    MAX_OUTSTANDING,
+    MAX_QUEUED,
+    MAX_WRITE_SIZE,
+    MAX_WRITES_PER_MESSAGE,
+)
+from protocol.messages import (
+    DeviceFeature,
+    DeviceInfo,
+    DmaMap,
+    DmaUnmap,
+    Record,
+    RegionAccess,
+    SetIrqs,
+    WriteMulti,
+)
+from protocol.vfio import DmaMapFlags, DmaUnmapFlags, Feature, FeatureFlags, IrqSetFlags, RegionFlags
+from protocol.write_multi import pack_writes
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
-
-RECEIVE_SIZE: Final = 64 << 10
-"""Bytes taken from the socket at a time: many small replies, and a large one in few pieces."""
-
-MAX_QUEUED: Final = 1 << 20
-"""Bytes that wait for a slow server before callers must wait as well; one request of the largest usual
-size.
-"""
-
-READS_PER_TURN: Final = 16
-"""How often the socket is read before other tasks get their turn, however much the server says."""
 
 READ_WRITE: Final = DmaMapFlags.READ | DmaMapFlags.WRITE
 
@@ -63,18 +71,21 @@ class Session:
     regions: tuple[RegionDetails, ...]
     irqs: tuple[IrqDetails, ...]
 
-    def __init__(self, sock: socket.socket, connection: Connection) -> None:
+    def __init__(
+        self, sock: socket.socket, connection: Connection, twin: socket.socket | None = None
+    ) -> None:
         self.connection = connection
         self.iovas = IovaSpace()
         """Which I/O virtual addresses this session has given out."""
-        self._socket = sock
-        self._buffer = bytearray(RECEIVE_SIZE)
-        self._outbox: deque[tuple[memoryview, tuple[int, ...]]] = deque()
-        self._queued = 0
-        self._refusals = 0
-        self._writer = trio.lowlevel.ParkingLot()
-        self._crowd = trio.lowlevel.ParkingLot()
+        self.windows = Windows()
+        """What the server may reach by DMA_READ and DMA_WRITE."""
+        self.wires = [Wire(sock, connection, self)]
+        """The session's socket, and the one for the server's commands if there is one."""
+        self._wire = self.wires[0]
+        if twin is not None:
+            self.wires.append(Twin(twin, connection.twin(), self.windows, self._end).wire)
         self._waiting: dict[tuple[int, int], trio.lowlevel.Task] = {}
+        self._gathered: list[tuple[int, int, bytes]] = []
         self._failure: str | None = None
         self._ended = trio.Event()
 
@@ -123,7 +134,7 @@ class Session:
         """`count` bytes of a region by message, in as few messages as the server allows; raises as
         `request` does.
         """
-        step = self._max_transfer
+        step = self.max_read
         if count <= step:
             return await self._read_once(index, offset, count)
         pieces = [
@@ -134,7 +145,7 @@ class Session:
 
     async def region_write(self, index: int, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write to a region by message and wait until the device has it; raises as `request` does."""
-        step = self._max_transfer
+        step = self.max_write
         for at in range(0, len(data), step):
             part = data[at : at + step]
             reply = await self.request(
@@ -155,21 +166,103 @@ class Session:
         self.post_write_now(index, offset, data)
 
     def post_write_now(self, index: int, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """`post_write` that never waits; for a doorbell, not for bulk."""
-        self.post(Command.REGION_WRITE, RegionAccess(offset, index, len(data)), data)
+        """`post_write` that never waits; for a doorbell, not for bulk.
+
+        While a slow server lets messages wait here, small writes are gathered into REGION_WRITE_MULTI if it
+        understands that; their order among all messages stays that of the calls.
+        """
+        self._check()
+        if not self._may_gather(index, offset, len(data)):
+            self.post(Command.REGION_WRITE, RegionAccess(offset, index, len(data)), data)
+            return
+        self._gathered.append((index, offset, bytes(data)))
+        if len(self._gathered) == MAX_WRITES_PER_MESSAGE:
+            self._send_gathered()
+
+    def _may_gather(self, index: int, offset: int, size: int) -> bool:
+        """A write that the server would refuse goes alone: those after it in a message might be dropped."""
+        if not self._wire.busy or not self.connection.write_multiple or not 0 < size <= MAX_WRITE_SIZE:
+            return False
+        region = self.regions[index] if 0 <= index < len(self.regions) else None
+        return region is not None and RegionFlags.WRITE in region.flags and 0 <= offset <= region.size - size
+
+    async def io_fds(self, index: int) -> IoFds:
+        """The descriptors that stand for writes to parts of a region; to be closed by the caller.
+
+        Raises ServerError if the server has no such thing, BadReplyError for parts outside the region.
+        """
+        return await ask_io_fds(self, index)
+
+    @property
+    def dma_page_size(self) -> int:
+        """Bytes that the server's DMA windows are multiples of, and aligned to; raises ClientError if it
+        supports no size at all.
+        """
+        pages = self.connection.peer.pgsizes
+        if not pages:
+            raise ClientError("the server supports no page size for DMA")
+        return pages & -pages
 
     async def dma_map(
-        self, iova: int, length: int, flags: DmaMapFlags = READ_WRITE, fd: int | None = None, offset: int = 0
+        self,
+        iova: int,
+        length: int,
+        flags: DmaMapFlags = READ_WRITE,
+        fd: int | None = None,
+        offset: int = 0,
+        *,
+        view: memoryview | None = None,
     ) -> None:
         """Let the device reach `length` bytes at `iova`: those at `offset` of `fd`, or by message where
         there is none.
+
+        `view` are the same bytes here, lent until `dma_unmap`; without it messages are answered with
+        EFAULT. Raises ClientError, and sends nothing, for a window that the server said it would not take
+        (max_dma_maps, pgsizes). A window whose mapping is given up by a cancellation counts until
+        `dma_unmap`: the server may have it.
         """
+        page = self.dma_page_size
+        if iova % page or length % page:
+            raise ClientError(f"DMA window {iova:#x}+{length:#x}: the server's pages are of {page:#x} bytes")
+        if len(self.windows) >= self.connection.peer.max_dma_maps:
+            raise ClientError(f"the server takes {self.connection.peer.max_dma_maps} DMA windows at a time")
+        self.windows.add(Window(iova, length, flags, view))
         body = DmaMap(DmaMap.size, flags, offset, iova, length)
-        await self.request(Command.DMA_MAP, body, fds=() if fd is None else (fd,))
+        try:
+            await self.request(Command.DMA_MAP, body, fds=() if fd is None else (fd,))
+        except (ServerError, LocalProtocolError, OSError):
+            self.windows.remove(iova, length)
+            raise
 
     async def dma_unmap(self, iova: int, length: int) -> None:
         """Take a window back; when this returns the device does not touch it any more."""
         await self.request(Command.DMA_UNMAP, DmaUnmap(DmaUnmap.size, DmaUnmapFlags(0), iova, length))
+        self.windows.remove(iova, length)
+
+    async def feature_probe(self, feature: Feature, methods: FeatureFlags = FeatureFlags.GET) -> bool:
+        """Whether the device has a feature, with all of these methods (GET, SET, both)."""
+        try:
+            await self._feature(feature, FeatureFlags.PROBE | methods, b"", 0)
+        except ServerError:
+            return False
+        return True
+
+    async def feature_get(self, feature: Feature, data: bytes = b"", *, room: int) -> bytes:
+        """A feature's data, of at most `room` bytes; `data` goes along where the feature is asked about
+        something. Raises as `request` does.
+        """
+        return await self._feature(feature, FeatureFlags.GET, data, room)
+
+    async def feature_set(self, feature: Feature, data: bytes = b"") -> bytes:
+        """Set a feature's data; what the device made of it. Raises as `request` does."""
+        return await self._feature(feature, FeatureFlags.SET, data, len(data))
+
+    async def _feature(self, feature: Feature, flags: FeatureFlags, data: bytes, room: int) -> bytes:
+        body = DeviceFeature(DeviceFeature.size + room, FeatureFlags(flags | feature))
+        reply = await self.request(Command.DEVICE_FEATURE, body, data)
+        if len(reply.data) > room:
+            raise BadReplyError(reply.command, f"{len(reply.data)} bytes of {feature.name}, {room} asked for")
+        return reply.data
 
     async def set_irqs(
         self,
@@ -194,8 +287,14 @@ class Session:
         return Disconnected(self._failure)
 
     @property
-    def _max_transfer(self) -> int:
-        return max(1, min(self.connection.peer.max_data_xfer_size, self.connection.limits.max_data_xfer_size))
+    def max_read(self) -> int:
+        """Bytes that one message may bring."""
+        return max(1, self.connection.max_read)
+
+    @property
+    def max_write(self) -> int:
+        """Bytes that one message may take along."""
+        return max(1, self.connection.max_write)
 
     async def _read_once(self, index: int, offset: int, count: int) -> bytes:
         reply = await self.request(Command.REGION_READ, RegionAccess(offset, index, count))
@@ -203,7 +302,7 @@ class Session:
             raise BadReplyError(reply.command, f"{len(reply.data)} of {count} bytes")
         return reply.data
 
-    # the socket
+    # the sockets
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -211,125 +310,70 @@ class Session:
 
     async def _wait_for_room(self) -> None:
         self._check()
-        while self._queued > MAX_QUEUED or self.connection.outstanding >= MAX_OUTSTANDING:
-            await self._crowd.park()
+        while self._wire.queued > MAX_QUEUED or self.connection.outstanding >= MAX_OUTSTANDING:
+            await self._wire.room.park()
             self._check()
 
     def _queue(self, message: bytes, fds: tuple[int, ...]) -> None:
         """Send as much as the kernel takes now and keep the rest; takes the descriptors over."""
-        view = memoryview(message)
-        if not self._outbox:
-            try:
-                sent = self._send(view, fds)
-            except Disconnected:
-                close_all(fds)
-                raise
-            if sent:
-                close_all(fds)
-                fds = ()
-            if sent == len(view):
-                return
-            view = view[sent:]
-        self._outbox.append((view, fds))
-        self._queued += len(view)
-        self._writer.unpark()
-
-    def _send(self, view: memoryview, fds: Sequence[int]) -> int:
         try:
-            return send(self._socket, view, fds)
+            self._send_gathered()
+        except Disconnected:
+            close_all(fds)
+            raise
+        self._queue_next(message, fds)
+
+    def _send_gathered(self) -> None:
+        writes, self._gathered = self._gathered, []
+        if len(writes) > 1:
+            body, data = WriteMulti(len(writes)), pack_writes(writes)
+            message = self.connection.request(Command.REGION_WRITE_MULTI, body, data, no_reply=True)[1]
+            self._queue_next(message, ())
+        elif writes:
+            ((index, offset, data),) = writes
+            access = RegionAccess(offset, index, len(data))
+            self._queue_next(
+                self.connection.request(Command.REGION_WRITE, access, data, no_reply=True)[1], ()
+            )
+
+    def _queue_next(self, message: bytes, fds: tuple[int, ...]) -> None:
+        try:
+            self._wire.queue(message, fds)
         except OSError as error:
-            # the reader sees the end of the stream as well, after what the server said before it left
-            self._failure = self._failure or f"the server is gone: {error.strerror}"
+            self.cannot_send(gone(error))
             raise Disconnected(self._failure) from None
-
-    async def write_loop(self) -> None:
-        """Background task: sends what the kernel did not take at once."""
-        while True:
-            while not self._outbox:
-                await self._writer.park()
-            await trio.lowlevel.wait_writable(self._socket)
-            try:
-                while self._outbox:
-                    view, fds = self._outbox[0]
-                    sent = self._send(view, fds)
-                    if not sent:
-                        break
-                    close_all(fds)
-                    self._queued -= sent
-                    if sent < len(view):
-                        self._outbox[0] = (view[sent:], ())
-                    else:
-                        self._outbox.popleft()
-            except Disconnected:
-                return
-            if not self._outbox:
-                self._refusals = 0
-            if self._queued <= MAX_QUEUED:
-                self._crowd.unpark_all()
-
-    async def read_loop(self) -> None:
-        """Background task: hands each answer to the task that waits for it; returns when the session is
-        over.
-        """
-        while not self.connection.closed:
-            await trio.lowlevel.wait_readable(self._socket)
-            try:
-                self._read_what_is_there()
-            except OSError as error:
-                self._end(f"the server is gone: {error.strerror}")
-
-    def _read_what_is_there(self) -> None:
-        for _ in range(READS_PER_TURN):
-            if self.connection.closed:
-                return
-            got = receive(self._socket, self._buffer, self.connection.limits.max_msg_fds)
-            if got is None:
-                return
-            size, fds, lost = got
-            if size == 0:
-                close_all(fds)
-                self._end("the server closed the connection")
-                return
-            with memoryview(self._buffer) as view:
-                events = self.connection.receive(view[:size], fds, fds_lost=lost)
-            for event in events:
-                self.handle(event)
-            if size < RECEIVE_SIZE and not fds:
-                return
 
     def handle(self, event: Event) -> None:
         """Do what one event asks for."""
         match event:
             case Reply():
                 self._wake(event.message_id, event.command, outcome.Value(event), event.fds)
+                return
             case ErrorReply():
-                close_all(event.fds)
                 error: ClientError = ServerError(event.command, event.errno)
                 self._wake(event.message_id, event.command, outcome.Error(error))
             case BadReply():
-                close_all(event.fds)
                 error = BadReplyError(event.command, event.reason)
                 self._wake(event.message_id, event.command, outcome.Error(error))
             case Broken():
-                close_all(event.fds)
                 self._end(f"the server breaks the protocol: {event.error}")
-            case Refused():
-                close_all(event.fds)
-                self._refuse(event)
-            case _:
-                close_all(event.fds)
+            case Request() | Refused():
+                reason = answer(self._wire, self.windows, event)
+                if reason is not None:
+                    self._end(reason)
+        close_all(event.fds)
 
-    def _refuse(self, event: Refused) -> None:
-        if self.connection.closed:
-            return
-        answer = self.connection.error(event, event.errno)
-        if answer:
-            with suppress(Disconnected):
-                self._queue(answer, ())
-        if self._outbox:
-            self._refusals += 1
-            if self._refusals > MAX_OUTSTANDING:
-                self._end("the server asks for more and more and reads no answers")
+    def cannot_send(self, reason: str) -> None:
+        """Nothing more can be asked; the reader sees the end as well, after what the server said before."""
+        self._failure = self._failure or reason
+
+    def ended(self, reason: str) -> None:
+        """The server is gone."""
+        self._end(reason)
+
+    def drained(self) -> None:
+        """The kernel took everything: what was gathered meanwhile follows."""
+        self._send_gathered()
 
     def _wake(
         self,
@@ -343,28 +387,31 @@ class Session:
             close_all(fds)
         else:
             trio.lowlevel.reschedule(task, result)
-        self._crowd.unpark()
+        self._wire.room.unpark()
 
     def _end(self, reason: str) -> None:
         """The session is over: everyone who waits is told."""
         self._failure = self._failure or reason
         self._ended.set()
-        close_all(self.connection.close())
+        for wire in self.wires:
+            wire.end()
         waiting, self._waiting = self._waiting, {}
         for task in waiting.values():
             trio.lowlevel.reschedule(task, outcome.Error(Disconnected(self._failure)))
-        self._crowd.unpark_all()
+
+    def hang_up(self, reason: str) -> None:
+        """End the session from this side, now; the server sees it, and has to let go of everything."""
+        self._end(reason)
+        for wire in self.wires:
+            wire.hang_up()
 
     def close(self) -> None:
-        """Close the socket and everything the session owns; whoever waits gets Disconnected."""
+        """Close the sockets and everything the session owns; whoever waits gets Disconnected."""
         self._end("the session is closed")
-        for _, fds in self._outbox:
-            close_all(fds)
-        self._outbox.clear()
+        for wire in self.wires:
+            wire.close()
         for region in getattr(self, "regions", ()):
             region.close()
-        trio.lowlevel.notify_closing(self._socket)
-        self._socket.close()
 
 
 def _copy_all(fds: Sequence[int]) -> tuple[int, ...]:

@@ -13,30 +13,27 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 import trio
 
 from client._nursery import background
-from client.dma import dma_memory
+from client.dma import DmaMemory, dma_memory, mapped_in
 from client.errors import ClientError, DeviceError
-from client.interrupts import Interrupt, IntxLine, intx, msix
-from client.pci import Command as PciCommand
-from client.pci import PciControl, read_config
+from client.migration import MigrationReport, migrate
 from client.session import Session
 from client.virtio import _queues
-from client.virtio._queues import CTRL, RX, TX, Queues, plan_queues
+from client.virtio._attachment import Attachment, Listener, Wiring, quietly
+from client.virtio._queues import CTRL, RX, TX, QueuePlan, Queues, plan_queues
 from client.virtio._ring import ReceiveRing, TransmitRing
 from client.virtio._signal import Signal
 from client.virtio.control import Command, ControlQueue, Kind, RxMode, mac_table
 from client.virtio.features import PLAIN, REQUIRED, Feature, usable
 from client.virtio.header import NetHeader
-from client.virtio.transport import NO_VECTOR, Doorbell, Isr, Status, VirtioPci, plan_vectors
-from protocol.vfio import IrqIndex
+from client.virtio.transport import Doorbell, Doorbells, Status
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -45,22 +42,12 @@ P = ParamSpec("P")
 T = TypeVar("T")
 AnyRing = TypeVar("AnyRing", ReceiveRing, TransmitRing)
 
-STOP_TIMEOUT: Final = 2.0
-"""Seconds that a device gets to stop when the block of `open_net` ends by an exception or a cancellation."""
-
 CONFIG_SIZE: Final = 12
 """Bytes of the device configuration up to the MTU (virtio 1.3, 5.1.4)."""
 
 LINK_UP: Final = 1
 ANNOUNCE: Final = 2
 """Bits of the configuration's status."""
-
-
-class Wiring(Enum):
-    """Which interrupts the driver uses."""
-
-    MSIX = "msix"
-    INTX = "intx"
 
 
 @dataclass(slots=True)
@@ -81,16 +68,23 @@ class NetDriver:
     """
 
     def __init__(
-        self, transport: VirtioPci, queues: Queues, features: Feature, vectors: tuple[int, list[int]]
+        self,
+        attachment: Attachment,
+        memory: DmaMemory,
+        plan: QueuePlan,
+        features: Feature,
+        nursery: trio.Nursery,
     ) -> None:
         self.features = features
         self.counters = Counters()
         self.mac: bytes | None = None
         self.mtu: int | None = None
         self.link_up = True
-        self._transport = transport
-        self._queues = queues
-        self._vectors = vectors
+        self._attachment = attachment
+        self._memory = memory
+        self._queues = Queues(memory, plan)
+        self._nursery = nursery
+        self._shares: dict[Session, AsyncExitStack] = {}
         self._doorbells: list[Doorbell] = []
         self._rx: ReceiveRing | None = None
         self._tx: TransmitRing | None = None
@@ -98,7 +92,8 @@ class NetDriver:
         self._rx_signal, self._tx_signal, self._config_signal = Signal(), Signal(), Signal()
         self._backlog: deque[tuple[bytes, bytes]] = deque()
         self._failure: ClientError | None = ClientError("the driver is not started")
-        self._resetting = trio.Lock()
+        self._changing = trio.Lock()
+        self._listen()
 
     # frames
 
@@ -229,24 +224,94 @@ class NetDriver:
         """Reset the device and start it anew with the same features; frames under way are lost, commands
         fail.
         """
-        async with self._resetting:
+        async with self._changing:
             self._stop(ClientError("the device is being reset"))
             await self._start()
 
     async def stop(self) -> None:
-        """Reset the device and leave it so; called at the end of `open_net`, whatever happened."""
-        await _quietly(self._transport.reset)
+        """Reset the device and let go of it; called at the end of `open_net`, whatever happened."""
+        await quietly(self._attachment.transport.reset)
         self._stop(ClientError("the driver is stopped"))
+        await self._attachment.close()
+        for share in self._shares.values():
+            await share.aclose()
+
+    # moving
+
+    @property
+    def session(self) -> Session:
+        """The session whose device this drives."""
+        return self._attachment.session
+
+    async def share_with(self, session: Session) -> None:
+        """Map the driver's memory in another session too, at the same addresses, until `open_net` ends;
+        raises as `dma_memory` does.
+        """
+        if session is self.session or session in self._shares:
+            return
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(mapped_in(session, self._memory))
+            self._shares[session] = stack.pop_all()
+
+    async def move_to(self, session: Session) -> None:
+        """Drive the device behind another session, to which the present one's state was moved (see
+        `client.migration`): same rings, same frames under way.
+
+        What happened between the two is not missed: every queue is looked at and notified. Raises as
+        `open_net` does; the driver stays with its session then.
+        """
+        await self.share_with(session)
+        async with self._changing:
+            old = self._attachment
+            new = await Attachment.open(session, old.wiring, old.doorbells)
+            try:
+                await new.wire(len(self._doorbells))
+                if new.vectors != old.vectors:
+                    raise DeviceError("the device has fewer vectors than the one before")
+                doorbells = [await new.transport.doorbell(queue) for queue in range(len(self._doorbells))]
+            except BaseException:
+                await new.close()
+                raise
+            self._attachment, self._doorbells = new, doorbells
+            self._listen()
+            await old.close()
+            self.look_again()
+            try:
+                await self._config_changed()
+            except ClientError as error:
+                self._fail(error)
+                raise
+
+    async def migrate_to(self, session: Session, *, precopy: bool = True) -> MigrationReport:
+        """Move the device to another session and the driver with it; frames go on. Raises MigrationError, and
+        goes on with the present device then.
+        """
+        await self.share_with(session)
+        try:
+            report = await migrate(self.session, session, precopy=precopy)
+        except BaseException:
+            self.look_again()
+            raise
+        await self.move_to(session)
+        return report
+
+    def look_again(self) -> None:
+        """Look at every queue and notify it, as if all interrupts and notifications since had been lost."""
+        if self._failure is not None:
+            return
+        self._interrupted((RX, TX, CTRL), 0)
+        for queue in range(len(self._doorbells)):
+            self._kick(queue)
 
     async def _start(self) -> None:
-        transport, features = self._transport, self.features
+        transport, features = self._attachment.transport, self.features
         await transport.reset()
         await transport.add_status(Status.ACKNOWLEDGE)
         await transport.add_status(Status.DRIVER)
         if missing := features & ~(await transport.offered_features()):
             raise DeviceError(f"the device does not offer {missing!r} any more")
         await transport.accept_features(features)
-        config_vector, queue_vectors = self._vectors
+        config_vector, queue_vectors = self._attachment.vectors
         await transport.set_config_vector(config_vector)
         await self._read_config()
         rx, tx = self._queues.receive_ring(features), self._queues.transmit_ring(features)
@@ -281,7 +346,7 @@ class NetDriver:
         self._wake_all()
 
     async def _read_config(self) -> None:
-        data = (await self._transport.device_config(CONFIG_SIZE)).ljust(CONFIG_SIZE, b"\0")
+        data = (await self._attachment.transport.device_config(CONFIG_SIZE)).ljust(CONFIG_SIZE, b"\0")
         status, _, mtu = struct.unpack_from("<HHH", data, 6)
         if Feature.MAC in self.features:
             self.mac = data[:6]
@@ -294,43 +359,11 @@ class NetDriver:
 
     # interrupts
 
-    async def listen_msix(self, interrupt: Interrupt) -> None:
-        """Background task for one vector."""
-        config_vector, queue_vectors = self._vectors
-        queues = [queue for queue, vector in enumerate(queue_vectors) if vector == interrupt.vector]
-        try:
-            while True:
-                self.counters.interrupts += await interrupt.wait()
-                self._interrupted(queues)
-                if interrupt.vector != config_vector:
-                    continue
-                # the ISR tells a configuration change even with MSI-X (virtio 1.3, 4.1.4.5.1)
-                if not queues or Isr.CONFIG in await self._transport.isr():
-                    await self._config_changed()
-        except ClientError as error:
-            self._fail(error)
+    def _listen(self) -> None:
+        self._attachment.listen(self._nursery, Listener(self._interrupted, self._config_changed, self._fail))
 
-    async def listen_intx(self, line: IntxLine) -> None:
-        """Background task for the INTx line: the ISR says what happened and takes the line down, then it is
-        unmasked.
-        """
-        try:
-            while True:
-                self.counters.interrupts += await line.wait()
-                isr = await self._transport.isr()
-                if Isr.QUEUE in isr:
-                    self._interrupted((RX, TX, CTRL))
-                if Isr.CONFIG in isr:
-                    await self._config_changed()
-                await line.unmask()
-        except ClientError as error:
-            self._fail(error)
-
-    async def listen_session(self) -> None:
-        """Background task: no interrupt comes when the server is gone."""
-        self._fail(await self._transport.session.wait_end())
-
-    def _interrupted(self, queues: Sequence[int]) -> None:
+    def _interrupted(self, queues: Sequence[int], count: int = 1) -> None:
+        self.counters.interrupts += count
         if RX in queues:
             self._rx_signal.set()
         if TX in queues:
@@ -341,7 +374,7 @@ class NetDriver:
     async def _config_changed(self) -> None:
         if self._failure is not None:
             return
-        if Status.NEEDS_RESET in await self._transport.status():
+        if Status.NEEDS_RESET in await self._attachment.transport.status():
             self._fail(DeviceError("the device needs a reset"))
             return
         await self._read_config()
@@ -403,12 +436,6 @@ class NetDriver:
             raise self._failure.with_traceback(None)
 
 
-async def _quietly(function: Callable[P, Awaitable[None]], *args: P.args, **kwargs: P.kwargs) -> None:
-    """A farewell to the device: bounded in time, and nobody is left to hear of a failure."""
-    with trio.move_on_after(STOP_TIMEOUT, shield=True), suppress(ClientError):
-        await function(*args, **kwargs)
-
-
 @asynccontextmanager
 async def open_net(
     session: Session,
@@ -417,19 +444,20 @@ async def open_net(
     features: Feature = PLAIN,
     queue_size: int = 256,
     slot_size: int = 2048,
+    doorbells: Doorbells = "mapped",
+    shared: bool = True,
 ) -> AsyncIterator[NetDriver]:
     """Find the card behind a session, start it and drive it until the block ends.
 
     `features` are those to take if offered; `queue_size` is the most descriptors of a queue, `slot_size`
-    the bytes of one buffer. Raises DeviceError if it is no modern virtio network card or lacks the
-    interrupts.
+    the bytes of one buffer; `doorbells` says how queues are notified, and `shared` whether the card may map
+    their memory or reaches it by messages alone. Raises DeviceError if it is no modern virtio network card
+    or lacks the interrupts or doorbells, ServerError if the server refuses something.
     """
     async with AsyncExitStack() as stack:
-        config = await read_config(session)
-        transport = stack.enter_context(VirtioPci(session, config))
-        pci = PciControl(session, config)
-        await pci.set_command(PciCommand.MEMORY | PciCommand.MASTER)
-        await pci.set_command(PciCommand.INTX_DISABLE, on=wiring is Wiring.MSIX)
+        attachment = await Attachment.open(session, wiring, doorbells)
+        stack.push_async_callback(attachment.close)
+        transport = attachment.transport
         await transport.reset()
         taken = usable(await transport.offered_features() & features)
         if REQUIRED not in taken:
@@ -437,27 +465,12 @@ async def open_net(
         raw = (await transport.device_config(CONFIG_SIZE)).ljust(CONFIG_SIZE, b"\0")
         mtu = struct.unpack_from("<H", raw, 10)[0] if Feature.MTU in taken else None
         plan = await plan_queues(transport, taken, queue_size, slot_size, mtu)
-        queues = 3 if plan.ctrl_size else 2
-        memory = await stack.enter_async_context(dma_memory(session, plan.memory))
-        interrupts: tuple[Interrupt, ...]
-        if wiring is Wiring.MSIX:
-            available = session.irqs[IrqIndex.MSIX].count if len(session.irqs) > IrqIndex.MSIX else 0
-            vectors = plan_vectors(available, queues)
-            await pci.set_msix(enabled=True)
-            stack.push_async_callback(_quietly, pci.set_msix, enabled=False)
-            count = max(vectors[0], *vectors[1]) + 1
-            interrupts = await stack.enter_async_context(msix(session, count))
-        else:
-            vectors = NO_VECTOR, [NO_VECTOR] * queues
-            interrupts = (await stack.enter_async_context(intx(session)),)
-        driver = NetDriver(transport, Queues(memory, plan), taken, vectors)
-        stack.push_async_callback(driver.stop)
+        memory = await stack.enter_async_context(dma_memory(session, plan.memory, shared=shared))
+        await attachment.wire(3 if plan.ctrl_size else 2)
         nursery = await stack.enter_async_context(background())
-        nursery.start_soon(driver.listen_session)
-        for interrupt in interrupts:
-            if isinstance(interrupt, IntxLine):
-                nursery.start_soon(driver.listen_intx, interrupt)
-            else:
-                nursery.start_soon(driver.listen_msix, interrupt)
-        await driver.reset()
-        yield driver
+        driver = NetDriver(attachment, memory, plan, taken, nursery)
+        try:
+            await driver.reset()
+            yield driver
+        finally:
+            await driver.stop()

@@ -1,20 +1,21 @@
 """The modern PCI transport of virtio (virtio 1.3, 4.1), found through a function's vendor capabilities.
 
 Registers of the common structure are a table; each access is of the register's own width and goes by message,
-which has its effects at the device even where the server lets registers be mapped. Doorbells are rung by a
-store where they are mapped.
+which has its effects at the device even where the server lets registers be mapped. Doorbells are rung as
+`Doorbells` says.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 import trio
 
 from client.bars import Bar, Width
 from client.errors import DeviceError
+from client.io_fds import IoFds, is_eventfd, signal
 from client.pci import ConfigSpace, VirtioCapability
 from client.session import Session
 from client.virtio.features import Feature
@@ -88,32 +89,44 @@ class Common:
     SIZE: Final = 0x38
 
 
+Doorbells = Literal["mapped", "message", "eventfd"]
+"""How queues are notified: by a store where the server lets the doorbells be mapped and else by a posted
+write; by a posted write always; or by an eventfd that the server gives for it.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Doorbell:
-    """Where a queue's notifications go. `ring` never waits: a store where mapped, else a posted write."""
+    """Where a queue's notifications go. `ring` never waits. `eventfd` is the transport's, -1 for none."""
 
     bar: Bar
     offset: int
     queue: int
+    eventfd: int = -1
 
     def ring(self) -> None:
         """Tell the device to look at the queue."""
-        self.bar.post(self.offset, 2, self.queue)
+        if self.eventfd >= 0:
+            signal(self.eventfd)
+        else:
+            self.bar.post(self.offset, 2, self.queue)
 
 
 class VirtioPci:
     """A virtio device behind a session. A context manager; it unmaps the BARs at the end.
 
-    Raises DeviceError if a structure is missing or does not lie inside its BAR.
+    Raises DeviceError if a structure is missing or does not lie inside its BAR. Doorbells are rung by
+    eventfd after `use_eventfds` only.
     """
 
-    def __init__(self, session: Session, config: ConfigSpace) -> None:
+    def __init__(self, session: Session, config: ConfigSpace, *, map_doorbells: bool = True) -> None:
         self.session = session
+        self._io_fds: IoFds | None = None
         self.structures = _find_structures(config)
         self._common = self._structure(Structure.COMMON, Common.SIZE)
         self._isr = self._structure(Structure.ISR, 1)
         self._device = self._structure(Structure.DEVICE, 0) if Structure.DEVICE in self.structures else None
-        self._notify = self._structure(Structure.NOTIFY, 2, mapped=True)
+        self._notify = self._structure(Structure.NOTIFY, 2, mapped=map_doorbells)
 
     def _structure(self, kind: Structure, least: int, *, mapped: bool = False) -> tuple[Bar, int, int]:
         found = self.structures.get(kind)
@@ -200,16 +213,30 @@ class VirtioPci:
         await self.set(Common.QUEUE_VECTOR, vector)
         if await self.get(Common.QUEUE_VECTOR) != vector:
             raise DeviceError(f"the device refuses vector {vector} for queue {queue}")
-        doorbell = self._doorbell(queue, await self.get(Common.QUEUE_NOTIFY_OFF))
+        doorbell = await self.doorbell(queue)
         await self.set(Common.QUEUE_ENABLE, 1)
         return doorbell
 
-    def _doorbell(self, queue: int, notify_off: int) -> Doorbell:
+    async def doorbell(self, queue: int) -> Doorbell:
+        """Where to notify a queue; raises DeviceError if that is outside the structure, or has no eventfd
+        after `use_eventfds`.
+        """
+        await self.set(Common.QUEUE_SELECT, queue)
+        notify_off = await self.get(Common.QUEUE_NOTIFY_OFF)
         bar, base, length = self._notify
         offset = notify_off * self.structures[Structure.NOTIFY].multiplier
         if offset + 2 > length:
             raise DeviceError(f"the doorbell of queue {queue} is at {offset:#x} of {length:#x}")
-        return Doorbell(bar, base + offset, queue)
+        if self._io_fds is None:
+            return Doorbell(bar, base + offset, queue)
+        fd = self._io_fds.find(base + offset, 2, queue)
+        if fd is None or not is_eventfd(fd):
+            raise DeviceError(f"the doorbell of queue {queue} has no eventfd")
+        return Doorbell(bar, base + offset, queue, fd)
+
+    async def use_eventfds(self) -> None:
+        """Ring by eventfd from now on; raises ServerError if the server gives none."""
+        self._io_fds = await self.session.io_fds(self._notify[0].index)
 
     async def isr(self) -> Isr:
         """Read and clear the interrupt status; the device takes its INTx line down with it."""
@@ -230,8 +257,10 @@ class VirtioPci:
         raise DeviceError("the device's configuration never stops changing")
 
     def close(self) -> None:
-        """Unmap the doorbells."""
+        """Unmap the doorbells and close their eventfds."""
         self._notify[0].close()
+        if self._io_fds is not None:
+            self._io_fds.close()
 
     def __enter__(self) -> Self:
         return self

@@ -11,9 +11,8 @@ import trio
 import trio.testing
 
 import client
-from client.session import MAX_QUEUED
 from protocol import Command
-from protocol.limits import MAX_OUTSTANDING
+from protocol.limits import MAX_OUTSTANDING, MAX_QUEUED, RECEIVE_SIZE
 from protocol.messages import DeviceInfo
 from protocol.vfio import IrqSetFlags
 from tests.client.peer import (
@@ -222,7 +221,7 @@ async def test_a_slow_server_makes_posters_wait() -> None:
             for _ in range(2 * MAX_QUEUED // 4096 + 1000):
                 await session.post_write(2, 0, bytes(4096))
         assert scope.cancelled_caught
-        assert session._queued <= MAX_QUEUED + 8192
+        assert session.wires[0].queued <= MAX_QUEUED + 8192
 
 
 async def test_windows_carry_their_descriptor() -> None:
@@ -263,9 +262,9 @@ async def test_set_irqs_carries_booleans() -> None:
 
 async def test_what_the_server_asks_for_is_refused() -> None:
     async with session_with() as (_, peer):
-        peer.send(struct.pack("=HHIII", 7, DMA_READ, 32, 0, 0) + struct.pack("=QQ", 0x1000, 64))
-        answer = await peer.next_raw()
-        assert answer == (7, DMA_READ, 16, REPLY | ERROR, 95)
+        for command in (REGION_READ, RESET, 14, 99):
+            peer.send(struct.pack("=HHIII", 7, command, 32, 0, 0) + struct.pack("=QQ", 0x1000, 64))
+            assert await peer.next_raw() == (7, command, 16, REPLY | ERROR, EINVAL)
 
 
 async def test_a_server_that_asks_and_reads_no_answers_is_left() -> None:
@@ -277,7 +276,7 @@ async def test_a_server_that_asks_and_reads_no_answers_is_left() -> None:
                 peer.send(question * 64)
             await trio.testing.wait_all_tasks_blocked()
             ended = session.connection.closed
-            assert len(session._outbox) <= MAX_OUTSTANDING + 1
+            assert len(session.wires[0]._outbox) <= MAX_OUTSTANDING + 1
         with pytest.raises(client.Disconnected, match="reads no answers"):
             await session.reset()
 
@@ -299,8 +298,8 @@ async def test_a_server_that_never_stops_talking_does_not_keep_others_from_runni
 
     async with session_with() as (session, peer):
         await session.post_write(0, 0, b"\1")
-        monkeypatch.setattr("client.session.receive", endless)
-        monkeypatch.setattr("client.session.RECEIVE_SIZE", len(session._buffer) - len(session._buffer) % 16)
+        monkeypatch.setattr("client._wire.receive", endless)
+        monkeypatch.setattr("client._wire.RECEIVE_SIZE", RECEIVE_SIZE - RECEIVE_SIZE % 16)
         peer.send(stray)
         while not said:
             await trio.lowlevel.checkpoint()

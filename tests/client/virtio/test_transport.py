@@ -113,9 +113,9 @@ async def test_a_doorbell_outside_its_structure_is_refused() -> None:
     nic = FakeNic()
     struct.pack_into("<I", nic.config, 0x80, 0x1000)
     async with transport_of(nic) as transport:
-        transport._doorbell(0, 0)
+        await transport.doorbell(0)
         with pytest.raises(DeviceError, match="doorbell of queue 1"):
-            transport._doorbell(1, 1)
+            await transport.doorbell(1)
 
 
 async def test_a_configuration_that_never_stands_still_is_an_error() -> None:

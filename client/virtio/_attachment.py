@@ -1,0 +1,162 @@
+"""What ties a driver to the device behind one session: registers, interrupts, doorbells. A driver that moves
+to another session leaves one attachment for another; its rings are in memory and stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from typing import Final, ParamSpec, Self
+
+import trio
+
+from client.errors import ClientError
+from client.interrupts import Interrupt, IntxLine, intx, msix
+from client.pci import Command, ConfigSpace, PciControl, read_config
+from client.session import Session
+from client.virtio.transport import NO_VECTOR, Doorbells, Isr, VirtioPci, plan_vectors
+from protocol.vfio import IrqIndex
+
+P = ParamSpec("P")
+
+STOP_TIMEOUT: Final = 2.0
+"""Seconds that a device gets to stop when the block of `open_net` ends by an exception or a cancellation."""
+
+
+class Wiring(Enum):
+    """Which interrupts the driver uses."""
+
+    MSIX = "msix"
+    INTX = "intx"
+
+
+async def quietly(function: Callable[P, Awaitable[None]], *args: P.args, **kwargs: P.kwargs) -> None:
+    """A farewell to the device: bounded in time, and nobody is left to hear of a failure."""
+    with trio.move_on_after(STOP_TIMEOUT, shield=True), suppress(ClientError):
+        await function(*args, **kwargs)
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Whom to tell of interrupts: which queues may have something and how many interrupts said so, that the
+    configuration changed, and why nothing more is heard.
+    """
+
+    interrupted: Callable[[Sequence[int], int], None]
+    config_changed: Callable[[], Awaitable[None]]
+    failed: Callable[[ClientError], None]
+
+
+@dataclass(eq=False)
+class Attachment:
+    """Made by `open`, ended by `close`. `vectors` are (that of the configuration, those of the queues)."""
+
+    session: Session
+    wiring: Wiring
+    doorbells: Doorbells
+    config: ConfigSpace
+    transport: VirtioPci
+    interrupts: tuple[Interrupt, ...] = ()
+    vectors: tuple[int, list[int]] = (NO_VECTOR, [])
+    _listening: trio.CancelScope = field(default_factory=trio.CancelScope)
+    _silent: trio.Event | None = None
+    _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+
+    @classmethod
+    async def open(cls, session: Session, wiring: Wiring, doorbells: Doorbells) -> Self:
+        """Find the registers and let the device reach memory; raises DeviceError if it has no such
+        registers.
+        """
+        config = await read_config(session)
+        transport = VirtioPci(session, config, map_doorbells=doorbells == "mapped")
+        try:
+            if doorbells == "eventfd":
+                await transport.use_eventfds()
+            pci = PciControl(session, config)
+            for bits, on in (
+                (Command.MEMORY | Command.MASTER, True),
+                (Command.INTX_DISABLE, wiring is Wiring.MSIX),
+            ):
+                if config.command & bits != (bits if on else 0):
+                    await pci.set_command(bits, on=on)
+        except BaseException:
+            transport.close()
+            raise
+        attachment = cls(session, wiring, doorbells, config, transport)
+        attachment._stack.enter_context(transport)
+        return attachment
+
+    async def wire(self, queues: int) -> None:
+        """Wire the interrupts of so many queues; raises ClientError if there are too few vectors."""
+        if self.wiring is Wiring.INTX:
+            self.vectors = NO_VECTOR, [NO_VECTOR] * queues
+            self.interrupts = (await self._stack.enter_async_context(intx(self.session)),)
+            return
+        irqs = self.session.irqs
+        available = irqs[IrqIndex.MSIX].count if len(irqs) > IrqIndex.MSIX else 0
+        self.vectors = plan_vectors(available, queues)
+        pci = PciControl(self.session, self.config)
+        await pci.set_msix(enabled=True)
+        self._stack.push_async_callback(quietly, pci.set_msix, enabled=False)
+        count = max(self.vectors[0], *self.vectors[1]) + 1
+        self.interrupts = await self._stack.enter_async_context(msix(self.session, count))
+
+    def listen(self, nursery: trio.Nursery, listener: Listener) -> None:
+        """Start the background tasks that hear what the device says; once."""
+        self._silent = trio.Event()
+        nursery.start_soon(self._listen, listener, self._silent)
+
+    async def _listen(self, listener: Listener, silent: trio.Event) -> None:
+        try:
+            with self._listening:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._hear, self._listen_session, listener)
+                    for interrupt in self.interrupts:
+                        listen = self._intx if isinstance(interrupt, IntxLine) else self._msix
+                        nursery.start_soon(self._hear, partial(listen, interrupt), listener)
+        finally:
+            silent.set()
+
+    async def _hear(self, listen: Callable[[Listener], Awaitable[None]], listener: Listener) -> None:
+        try:
+            await listen(listener)
+        except ClientError as error:
+            listener.failed(error)
+
+    async def _msix(self, interrupt: Interrupt, listener: Listener) -> None:
+        queues = [queue for queue, vector in enumerate(self.vectors[1]) if vector == interrupt.vector]
+        while True:
+            listener.interrupted(queues, await interrupt.wait())
+            if interrupt.vector != self.vectors[0]:
+                continue
+            # the ISR tells a configuration change even with MSI-X (virtio 1.3, 4.1.4.5.1)
+            if not queues or Isr.CONFIG in await self.transport.isr():
+                await listener.config_changed()
+
+    async def _intx(self, line: Interrupt, listener: Listener) -> None:
+        """The ISR says what happened and takes the line down, then it is unmasked: once before the first
+        interrupt as well, which a device that was moved may have sent to another.
+        """
+        count = 0
+        while True:
+            isr = await self.transport.isr()
+            listener.interrupted(range(len(self.vectors[1])) if Isr.QUEUE in isr else (), count)
+            if Isr.CONFIG in isr:
+                await listener.config_changed()
+            await line.unmask()
+            count = await line.wait()
+
+    async def _listen_session(self, listener: Listener) -> None:
+        """No interrupt comes when the server is gone."""
+        listener.failed(await self.session.wait_end())
+
+    async def close(self) -> None:
+        """Hear no more, unwire the interrupts and unmap the doorbells."""
+        self._listening.cancel()
+        if self._silent is not None:
+            with trio.CancelScope(shield=True):
+                await self._silent.wait()
+        await self._stack.aclose()

@@ -1,0 +1,145 @@
+"""Which I/O virtual addresses the server was given, and what lies behind them here.
+
+A server that has no mapping of a window, or makes none, reaches it by DMA_READ and DMA_WRITE; this is where
+those are checked. An access may cross from one window into the next, as it may cross pages behind an IOMMU;
+one that is refused has moved nothing.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from errno import EACCES, EFAULT
+from operator import attrgetter
+from typing import Final
+
+from client.errors import ClientError
+from protocol.vfio import DmaMapFlags
+
+_BY_START: Final = attrgetter("iova")
+
+
+class WindowError(ClientError):
+    """An access that the windows do not allow; `errno` is what the server is told.
+
+    EFAULT: not all of it is mapped, or it lies in a window whose bytes are not known here. EACCES: it is
+    mapped, but not for this direction.
+    """
+
+    def __init__(self, errno: int, reason: str) -> None:
+        super().__init__(reason)
+        self.errno = errno
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """`size` bytes at `iova`. `view` is None where this process has no mapping of them."""
+
+    iova: int
+    size: int
+    flags: DmaMapFlags
+    view: memoryview | None = None
+
+    @property
+    def end(self) -> int:
+        """The first address after it."""
+        return self.iova + self.size
+
+
+class Windows:
+    """The windows of one session, those whose DMA_MAP is under way included."""
+
+    def __init__(self) -> None:
+        self._windows: list[Window] = []
+        self._written: set[int] | None = None
+        self.log_page_size = 1
+        """Bytes of a page of the log, see `log_writes`."""
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __iter__(self) -> Iterator[Window]:
+        """In the order of their addresses."""
+        return iter(tuple(self._windows))
+
+    def __contains__(self, place: tuple[int, int]) -> bool:
+        """Whether there is a window with exactly this address and size."""
+        return self._find(*place) is not None
+
+    def _find(self, iova: int, size: int) -> int | None:
+        at = bisect_left(self._windows, iova, key=_BY_START)
+        exact = at < len(self._windows) and (self._windows[at].iova, self._windows[at].size) == (iova, size)
+        return at if exact else None
+
+    def add(self, window: Window) -> None:
+        """Raises ClientError if it is empty, overlaps another, or its view cannot be what it says."""
+        if window.size <= 0:
+            raise ClientError(f"a DMA window of {window.size} bytes")
+        view = window.view
+        if view is not None and (view.nbytes != window.size or view.format != "B" or not view.c_contiguous):
+            raise ClientError(f"the view of a DMA window of {window.size} bytes is not as many bytes")
+        if view is not None and view.readonly and DmaMapFlags.WRITE in window.flags:
+            raise ClientError("a DMA window that the device may write has a read-only view")
+        at = bisect_left(self._windows, window.iova, key=_BY_START)
+        for other in self._windows[max(0, at - 1) : at + 1]:
+            if window.iova < other.end and other.iova < window.end:
+                raise ClientError(f"DMA window {window.iova:#x}+{window.size:#x} overlaps another")
+        self._windows.insert(at, window)
+
+    def remove(self, iova: int, size: int) -> None:
+        """Forget a window; nothing happens if there is none exactly there."""
+        at = self._find(iova, size)
+        if at is not None:
+            del self._windows[at]
+
+    def read(self, address: int, count: int) -> bytes:
+        """What the device gets to read there; raises WindowError."""
+        parts = self._resolve(address, count, DmaMapFlags.READ)
+        return b"".join(parts)
+
+    def write(self, address: int, data: bytes) -> None:
+        """Store what the device writes there; raises WindowError, and stores nothing then."""
+        at = 0
+        for part in self._resolve(address, len(data), DmaMapFlags.WRITE):
+            part[:] = data[at : at + len(part)]
+            at += len(part)
+        if self._written is not None and data:
+            first, last = address // self.log_page_size, (address + len(data) - 1) // self.log_page_size
+            self._written.update(range(first, last + 1))
+
+    def _resolve(self, address: int, count: int, wanted: DmaMapFlags) -> list[memoryview]:
+        parts = []
+        at = bisect_right(self._windows, address, key=_BY_START) - 1
+        position, end = address, address + count
+        while position < end:
+            window = self._windows[at] if 0 <= at < len(self._windows) else None
+            if window is None or not window.iova <= position < window.end:
+                raise WindowError(EFAULT, f"{address:#x}+{count:#x} is not mapped at {position:#x}")
+            if wanted not in window.flags:
+                raise WindowError(EACCES, f"{address:#x}+{count:#x} is mapped without {wanted.name}")
+            if window.view is None:
+                raise WindowError(EFAULT, f"{address:#x}+{count:#x} lies in memory that is not mapped here")
+            stop = min(end, window.end)
+            parts.append(window.view[position - window.iova : stop - window.iova])
+            position, at = stop, at + 1
+        return parts
+
+    # writes by message are this side's to log: the device only sees a message leave
+
+    def log_writes(self, page_size: int) -> None:
+        """Remember from now on which pages of so many bytes `write` touches."""
+        self._written, self.log_page_size = set(), page_size
+
+    def stop_log(self) -> None:
+        """Forget them and remember no more."""
+        self._written = None
+
+    def take_written(self, start: int, end: int) -> Iterable[int]:
+        """The starts of the pages between two addresses that were written; they are forgotten."""
+        if self._written is None:
+            return ()
+        size = self.log_page_size
+        found = {page for page in self._written if start <= page * size + size - 1 and page * size < end}
+        self._written -= found
+        return sorted(page * size for page in found)
