@@ -13,7 +13,8 @@ MAY_IMPORT = {
     "firmware": {"device"},
     "server": {"protocol", "device"},
     "client": {"protocol"},
-    "trionic": {"device", "protocol", "firmware", "server", "client"},
+    "conformance": {"protocol"},
+    "trionic": {"device", "protocol", "firmware", "server", "client", "conformance"},
 }
 
 IMPORT = re.compile(r"^\s*(?:from\s+(\w+)[\w.]*\s+c?import|c?import\s+(\w+))", re.MULTILINE)

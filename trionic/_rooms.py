@@ -8,7 +8,7 @@ from typing import Final
 
 __all__ = ["ROOMS", "check_rooms", "version"]
 
-ROOMS: Final = ("device", "firmware", "protocol", "server", "client")
+ROOMS: Final = ("device", "firmware", "protocol", "server", "client", "conformance")
 
 _HOME: Final = Path(__file__).parent.parent
 
