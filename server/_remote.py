@@ -14,6 +14,7 @@ Whoever asks must not hold the gate: the trio thread may need it before it can s
 
 from __future__ import annotations
 
+import contextlib
 import math
 import select
 import socket
@@ -126,10 +127,8 @@ class TwinMemory(ByMessage):
     def close(self) -> None:
         """See the base class. Whoever waits on the socket is woken by its end."""
         self._closed = True
-        try:
+        with contextlib.suppress(OSError):  # the client's end is gone already, which wakes as well
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the client's end is gone already, which wakes as well
         with self._turn:
             close_all(self._engine.close())
             self._socket.close()

@@ -8,71 +8,46 @@ called `handle` closes those of the request.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Sequence
 from errno import EINVAL, ENOTTY, EOPNOTSUPP
-from typing import Any, Final
+from typing import Final
 
 from device.errors import DeviceError
 from device.function import PciFunction, ResetKind
 from protocol import Command, Request
-from protocol.messages import DeviceInfo, DmaMap, DmaUnmap, IrqInfo, Record, RegionAccess, RegionInfo, SetIrqs
+from protocol.io_fds import io_fds_reply
+from protocol.messages import (
+    DeviceInfo,
+    IoEventFd,
+    IrqInfo,
+    RegionAccess,
+    RegionInfo,
+    RegionIoFds,
+    SetIrqs,
+    WriteMulti,
+)
 from protocol.region_info import region_info_reply
-from protocol.vfio import DeviceFlags, DmaMapFlags, DmaUnmapFlags, IrqInfoFlags, IrqSetFlags, RegionFlags
+from protocol.vfio import DeviceFlags, IoEventFdFlags, IrqInfoFlags, IrqSetFlags, RegionFlags
+from protocol.write_multi import parse_writes
+from server._answer import Answer, Handler, Terms
+from server._dma import dma_map, dma_unmap
+from server._features import device_feature, mig_data_read, mig_data_write
 
-__all__ = ["HANDLERS", "Answer", "handle"]
+__all__ = ["HANDLERS", "handle"]
 
-# Plain numbers, because the complement of an IntFlag has none of the bits that no member names.
-_DMA_PROTECTION: Final = int(DmaMapFlags.READ | DmaMapFlags.WRITE)
-_UNMAP_ALL: Final = int(DmaUnmapFlags.ALL)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The content of a reply. `fds` stay the device's: they are sent, not given away."""
-
-    body: Record | None = None
-    data: bytes = b""
-    fds: tuple[int, ...] = ()
+log = logging.getLogger("trionic.server")
 
 
-def handle(function: PciFunction, request: Request, *, send_fds: bool) -> Answer:
-    """Do what ``request`` asks; `DeviceError` refuses it.
-
-    ``send_fds``: the client takes descriptors. One that does not is offered no mapping, only messages.
-    """
+def handle(function: PciFunction, request: Request, terms: Terms) -> Answer:
+    """Do what ``request`` asks; `DeviceError` refuses it."""
     handler = HANDLERS.get(request.command)
     if handler is None:
         raise DeviceError(EOPNOTSUPP, f"{request.command.name} is not supported")
-    return handler(function, request, request.body, send_fds)
+    return handler(function, request, request.body, terms)
 
 
-def _dma_map(function: PciFunction, request: Request, body: DmaMap, send_fds: bool) -> Answer:
-    if int(body.flags) & ~_DMA_PROTECTION:
-        # The other bits choose ways to reach the memory that this server does not know: to ignore them
-        # would be to map something else than was meant.
-        raise DeviceError(EINVAL, f"DMA_MAP flags {int(body.flags):#x}")
-    fd = request.fds[0] if request.fds else None
-    with function.gate:
-        function.dma.map(body.address, body.length, int(body.flags), fd, body.offset if request.fds else 0)
-    return Answer()
-
-
-def _dma_unmap(function: PciFunction, request: Request, body: DmaUnmap, send_fds: bool) -> Answer:
-    if int(body.flags) & ~_UNMAP_ALL:
-        raise DeviceError(EOPNOTSUPP, f"DMA_UNMAP flags {int(body.flags):#x}: no dirty bitmap is kept")
-    if body.flags & _UNMAP_ALL:
-        if body.address or body.length:
-            raise DeviceError(EINVAL, "DMA_UNMAP of everything with an address or a size")
-        with function.gate:
-            function.dma.unmap_all()
-    else:
-        with function.gate:
-            function.dma.unmap(body.address, body.length)
-    return Answer(replace(body, argsz=DmaUnmap.size))
-
-
-def _get_info(function: PciFunction, request: Request, body: DeviceInfo, send_fds: bool) -> Answer:
+def _get_info(function: PciFunction, request: Request, body: DeviceInfo, terms: Terms) -> Answer:
     return Answer(
         DeviceInfo(
             argsz=DeviceInfo.size,
@@ -83,7 +58,7 @@ def _get_info(function: PciFunction, request: Request, body: DeviceInfo, send_fd
     )
 
 
-def _get_region_info(function: PciFunction, request: Request, body: RegionInfo, send_fds: bool) -> Answer:
+def _get_region_info(function: PciFunction, request: Request, body: RegionInfo, terms: Terms) -> Answer:
     regions = function.regions()
     if body.index >= len(regions):
         raise DeviceError(EINVAL, f"no region {body.index}")
@@ -93,7 +68,7 @@ def _get_region_info(function: PciFunction, request: Request, body: RegionInfo, 
         flags |= RegionFlags.READ
     if region.writable:
         flags |= RegionFlags.WRITE
-    mapped = send_fds and region.fd is not None and bool(region.mmap_areas)
+    mapped = terms.fds > 0 and region.fd is not None and bool(region.mmap_areas)
     if mapped:
         flags |= RegionFlags.MMAP
     whole = region.mmap_areas == ((0, region.size),)
@@ -107,7 +82,24 @@ def _get_region_info(function: PciFunction, request: Request, body: RegionInfo, 
     return Answer(info, chain, (region.fd,) if mapped and region.fd is not None else ())
 
 
-def _get_irq_info(function: PciFunction, request: Request, body: IrqInfo, send_fds: bool) -> Answer:
+def _get_region_io_fds(function: PciFunction, request: Request, body: RegionIoFds, terms: Terms) -> Answer:
+    """The eventfds that stand for writes, those that fit into one message; the others are written to."""
+    fds: list[int] = []
+    entries = []
+    for area in function.io_eventfds(body.index):
+        if area.fd not in fds:
+            if len(fds) == terms.fds:
+                continue
+            fds.append(area.fd)
+        flags = IoEventFdFlags(0) if area.datamatch is None else IoEventFdFlags.DATAMATCH
+        entries.append(
+            IoEventFd(area.offset, area.size, fds.index(area.fd), flags=flags, datamatch=area.datamatch or 0)
+        )
+    reply, data = io_fds_reply(body.argsz, body.index, entries)
+    return Answer(reply, data, tuple(fds) if data else ())
+
+
+def _get_irq_info(function: PciFunction, request: Request, body: IrqInfo, terms: Terms) -> Answer:
     irqs = function.irqs()
     if body.index >= len(irqs):
         raise DeviceError(EINVAL, f"no interrupt index {body.index}")
@@ -115,7 +107,7 @@ def _get_irq_info(function: PciFunction, request: Request, body: IrqInfo, send_f
     return Answer(IrqInfo(IrqInfo.size, IrqInfoFlags(int(irq.flags)), body.index, irq.count))
 
 
-def _set_irqs(function: PciFunction, request: Request, body: SetIrqs, send_fds: bool) -> Answer:
+def _set_irqs(function: PciFunction, request: Request, body: SetIrqs, terms: Terms) -> Answer:
     flags = body.flags
     if flags & IrqSetFlags.DATA_EVENTFD:
         _set_irq_fds(function, body, request.fds)
@@ -150,28 +142,48 @@ def _set_irq_fds(function: PciFunction, body: SetIrqs, fds: Sequence[int]) -> No
         raise DeviceError(ENOTTY, "SET_IRQS with an event descriptor that masks")
 
 
-def _region_read(function: PciFunction, request: Request, body: RegionAccess, send_fds: bool) -> Answer:
+def _region_read(function: PciFunction, request: Request, body: RegionAccess, terms: Terms) -> Answer:
     return Answer(body, function.region_read(body.region, body.offset, body.count))
 
 
-def _region_write(function: PciFunction, request: Request, body: RegionAccess, send_fds: bool) -> Answer:
+def _region_write(function: PciFunction, request: Request, body: RegionAccess, terms: Terms) -> Answer:
     function.region_write(body.region, body.offset, request.data)
     return Answer(body)
 
 
-def _device_reset(function: PciFunction, request: Request, body: None, send_fds: bool) -> Answer:
+def _region_write_multi(function: PciFunction, request: Request, body: WriteMulti, terms: Terms) -> Answer:
+    """Write one after the other until one fails. The reply tells how many were done; if none was, why."""
+    done = 0
+    for region, offset, data in parse_writes(body, request.data):
+        try:
+            function.region_write(region, offset, data)
+        except DeviceError as error:
+            if done == 0:
+                raise
+            log.debug("%s: write %d of %d refused: %s", function.name, done + 1, body.wr_cnt, error)
+            break
+        done += 1
+    return Answer(WriteMulti(done))
+
+
+def _device_reset(function: PciFunction, request: Request, body: None, terms: Terms) -> Answer:
     function.reset(ResetKind.DEVICE)
     return Answer()
 
 
-HANDLERS: Final[dict[Command, Callable[[PciFunction, Request, Any, bool], Answer]]] = {
-    Command.DMA_MAP: _dma_map,
-    Command.DMA_UNMAP: _dma_unmap,
+HANDLERS: Final[dict[Command, Handler]] = {
+    Command.DMA_MAP: dma_map,
+    Command.DMA_UNMAP: dma_unmap,
     Command.DEVICE_GET_INFO: _get_info,
     Command.DEVICE_GET_REGION_INFO: _get_region_info,
+    Command.DEVICE_GET_REGION_IO_FDS: _get_region_io_fds,
     Command.DEVICE_GET_IRQ_INFO: _get_irq_info,
     Command.DEVICE_SET_IRQS: _set_irqs,
     Command.REGION_READ: _region_read,
     Command.REGION_WRITE: _region_write,
+    Command.REGION_WRITE_MULTI: _region_write_multi,
     Command.DEVICE_RESET: _device_reset,
+    Command.DEVICE_FEATURE: device_feature,
+    Command.MIG_DATA_READ: mig_data_read,
+    Command.MIG_DATA_WRITE: mig_data_write,
 }

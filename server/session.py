@@ -30,6 +30,7 @@ from device.errors import DeviceError
 from device.function import PciFunction, ResetKind
 from protocol import Broken, Connection, Event, Negotiated, Refused, Request, Role, command_name
 from protocol.limits import KEPT_DESCRIPTOR, KEPT_REQUEST, MAX_KEPT, SessionLimits
+from server._answer import Terms
 from server._descriptors import close_all
 from server._drain import Drain, Outcome
 from server._remote import Answered, ByMessage, InBandMemory, TwinMemory
@@ -70,6 +71,7 @@ class Session:
         self._kept_too_much = False
         self._patience = trio.CancelScope(deadline=trio.current_time() + self._limits.version_deadline)
         self._negotiated = False
+        self._terms = Terms(fds=0, windows=0)
         self._tellings_left = self._limits.tellings
 
     async def run(self) -> None:
@@ -94,9 +96,8 @@ class Session:
     def _end(self) -> None:
         if self._memory is not None:
             self._memory.close()
-            if hasattr(self._function.dma, "remote"):  # LATER
-                with self._function.gate:
-                    self._function.dma.remote = None
+            with self._function.gate:
+                self._function.dma.remote = None
         for event in self._events:
             close_all(event.fds)
         close_all(self._engine.close())
@@ -181,7 +182,7 @@ class Session:
 
     def _handle(self, request: Request) -> tuple[bytes, Sequence[int]]:
         try:
-            answer = handle(self._function, request, send_fds=self._engine.peer.max_msg_fds > 0)
+            answer = handle(self._function, request, self._terms)
             self._resample.follow(request)
         except Exception as error:
             refusal = self._failed(request.command, error)
@@ -245,8 +246,10 @@ class Session:
         """The client has come to terms: answer it, and let the device reach its memory from then on."""
         self._negotiated = True
         self._patience.deadline = float("inf")
+        limits, peer = self._engine.limits, event.peer
+        self._terms = Terms(peer.max_msg_fds, min(limits.max_dma_maps, peer.max_dma_maps))
         deadline = self._limits.dma_deadline
-        if getattr(event, "twin", False):  # LATER
+        if event.twin:
             try:
                 ours, theirs = socket.socketpair()
             except OSError as error:
@@ -264,8 +267,8 @@ class Session:
                 pull=self._pull,
                 attend=self._attend,
             )
-        most = min(self._engine.limits.max_data_xfer_size, event.peer.max_data_xfer_size)
-        if most > 0 and hasattr(self._function.dma, "remote"):  # LATER
+        most = min(limits.max_data_xfer_size, peer.max_data_xfer_size)
+        if most > 0:
             with self._function.gate:
                 self._function.dma.remote_limit = most
                 self._function.dma.remote = self._memory

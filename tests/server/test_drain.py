@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from device.errors import DeviceError
 from protocol import Connection, Negotiated, Refused, Request, Role
+from protocol.limits import RECEIVE_SIZE, SessionLimits
 from protocol.messages import RegionAccess
 from server._drain import Drain, Outcome
-from protocol.limits import RECEIVE_SIZE, SessionLimits
 from tests.server.raw import ERROR, GET_INFO, NO_REPLY, REGION_READ, REGION_WRITE, access, message, version
 from tests.server.world import world
 

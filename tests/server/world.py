@@ -1,6 +1,6 @@
 """A small real PCI function behind a real server on a real socket."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +24,14 @@ class Registers:
     value: int = 0x12345678
     written: list[tuple[int, int, int]] = field(default_factory=list)
     broken: bool = False
+    answers: Callable[[int], int] | None = None
 
     def read(self, offset: int, count: int) -> int:
-        """The value, moved by the offset."""
+        """The value, moved by the offset, or what `answers` has for the offset."""
         if self.broken:
             raise RuntimeError("a mistake in the card's code")
+        if self.answers is not None:
+            return self.answers(offset)
         return (self.value + offset) & ((1 << 8 * count) - 1)
 
     def write(self, offset: int, count: int, value: int) -> None:

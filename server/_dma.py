@@ -1,0 +1,112 @@
+"""DMA windows and the log of what was written to them: DMA_MAP, DMA_UNMAP, and the features of logging."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from errno import EINVAL, ENOSPC, EOPNOTSUPP
+from itertools import pairwise
+from typing import Final
+
+from device.errors import DeviceError
+from device.function import PciFunction
+from protocol import Request
+from protocol.features import bitmap_size, parse_logging_start
+from protocol.messages import Bitmap, DmaLoggingControl, DmaLoggingReport, DmaMap, DmaUnmap
+from protocol.vfio import DmaMapFlags, DmaUnmapFlags
+from server._answer import Answer, Terms
+
+__all__ = ["SMALLEST_PAGE", "dma_map", "dma_unmap", "report_logging", "start_logging", "stop_logging"]
+
+# Plain numbers, because the complement of an IntFlag has none of the bits that no member names.
+_PROTECTION: Final = int(DmaMapFlags.READ | DmaMapFlags.WRITE)
+_UNMAP_ALL: Final = int(DmaUnmapFlags.ALL)
+_BITMAP: Final = int(DmaUnmapFlags.GET_DIRTY_BITMAP)
+
+# A dirty bitmap has no smaller pages, as the kernel's (drivers/vfio/vfio_main.c, SZ_4K).
+SMALLEST_PAGE: Final = 4096
+
+
+def dma_map(function: PciFunction, request: Request, body: DmaMap, terms: Terms) -> Answer:
+    """Map a window; one that came with a descriptor is reached through that, others by message."""
+    if int(body.flags) & ~_PROTECTION:
+        # The other bits choose ways to reach the memory that this server does not know: to ignore them
+        # would be to map something else than was meant.
+        raise DeviceError(EINVAL, f"DMA_MAP flags {int(body.flags):#x}")
+    if len(function.dma) >= terms.windows:
+        raise DeviceError(ENOSPC, f"{terms.windows} DMA windows, as many as were agreed on")
+    fd = request.fds[0] if request.fds else None
+    with function.gate:
+        function.dma.map(body.address, body.length, int(body.flags), fd, body.offset if request.fds else 0)
+    return Answer()
+
+
+def dma_unmap(function: PciFunction, request: Request, body: DmaUnmap, terms: Terms) -> Answer:
+    """Take windows away, those inside a span or all: when this returns the device uses none of them."""
+    flags = int(body.flags)
+    if flags & ~(_UNMAP_ALL | _BITMAP):
+        raise DeviceError(EOPNOTSUPP, f"DMA_UNMAP flags {flags:#x}")
+    if flags & _UNMAP_ALL:
+        if body.address or body.length:
+            raise DeviceError(EINVAL, "DMA_UNMAP of everything with an address or a size")
+        with function.gate:
+            function.dma.unmap_all()
+    elif flags & _BITMAP:
+        return _unmap_with_bitmap(function, body, Bitmap.decode(request.data))
+    else:
+        with function.gate:
+            function.dma.unmap(body.address, body.length)
+    return Answer(replace(body, argsz=DmaUnmap.size))
+
+
+def _unmap_with_bitmap(function: PciFunction, body: DmaUnmap, bitmap: Bitmap) -> Answer:
+    with function.gate:
+        _can_report(function, bitmap.page_size)
+        function.dma.unmap(body.address, body.length)
+        bits = function.dma.log_report(body.address, body.length, bitmap.page_size)
+    data = bitmap.encode() + bits.ljust(bitmap.length, b"\0")
+    return Answer(replace(body, argsz=DmaUnmap.size + len(data)), data)
+
+
+def start_logging(function: PciFunction, data: bytes) -> bytes:
+    """Log writes from now on; the page size that was chosen is in the reply.
+
+    The ranges are checked as the kernel does, but all memory is logged: there is nothing to win by less.
+    """
+    asked, ranges = parse_logging_start(data)
+    if asked.page_size.bit_count() != 1:
+        raise DeviceError(EINVAL, f"pages of {asked.page_size:#x} bytes cannot be logged")
+    for part in ranges:
+        if (part.iova | part.length) & (asked.page_size - 1):
+            raise DeviceError(EINVAL, f"{part.pretty()} is not whole pages of {asked.page_size:#x} bytes")
+    for part, following in pairwise(sorted(ranges, key=lambda part: part.iova)):
+        if part.iova + part.length > following.iova:
+            raise DeviceError(EINVAL, f"{part.pretty()} and {following.pretty()} overlap")
+    chosen = max(asked.page_size, SMALLEST_PAGE)
+    with function.gate:
+        if function.dma.logging:
+            raise DeviceError(EINVAL, "writes are logged already")
+        function.dma.log_start(chosen)
+    return replace(asked, page_size=chosen).encode() + data[DmaLoggingControl.size :]
+
+
+def stop_logging(function: PciFunction, data: bytes) -> bytes:
+    """Log no more, and forget what was logged; nothing happens if nothing is."""
+    with function.gate:
+        function.dma.log_stop()
+    return data
+
+
+def report_logging(function: PciFunction, data: bytes) -> bytes:
+    """The pages that were written to since they were last reported."""
+    asked = DmaLoggingReport.decode(data)
+    with function.gate:
+        _can_report(function, asked.page_size)
+        bits = function.dma.log_report(asked.iova, asked.length, asked.page_size)
+    return asked.encode() + bits.ljust(bitmap_size(asked.length, asked.page_size), b"\0")
+
+
+def _can_report(function: PciFunction, page_size: int) -> None:
+    if not function.dma.logging:
+        raise DeviceError(EINVAL, "no writes are logged")
+    if page_size < SMALLEST_PAGE:
+        raise DeviceError(EINVAL, f"a dirty bitmap of pages of {page_size} bytes")

@@ -1,0 +1,303 @@
+import errno
+import os
+import struct
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from device.dma.remote import RemoteMemory
+from device.errors import DeviceError
+from protocol.limits import MAX_DMA_UNANSWERED
+from server import SessionLimits
+from tests.server.raw import (
+    DMA_READ,
+    DMA_WRITE,
+    ERROR,
+    GET_INFO,
+    NO_REPLY,
+    REGION_READ,
+    REGION_WRITE,
+    REPLY,
+    Message,
+    RawClient,
+    access,
+    message,
+)
+from tests.server.world import World, world
+
+INFO = struct.pack("=IIII", 16, 0, 0, 0)
+IOVA = 0x1000
+
+
+def memory(served: World) -> RemoteMemory:
+    """What the device reaches the client's memory with."""
+    remote = served.function.dma.remote
+    assert remote is not None
+    return remote
+
+
+class Worker:
+    """A thread of the device that does one thing; `result` is what came of it."""
+
+    def __init__(self, nursery: trio.Nursery, call: Callable[[], Any]) -> None:
+        self.result: Any = None
+        self.over = trio.Event()
+        nursery.start_soon(self._run, call)
+
+    async def _run(self, call: Callable[[], Any]) -> None:
+        try:
+            self.result = await trio.to_thread.run_sync(call)
+        except DeviceError as error:
+            self.result = error.errno
+        self.over.set()
+
+    async def outcome(self) -> Any:
+        """What it returned, or the errno."""
+        with trio.fail_after(20):
+            await self.over.wait()
+        return self.result
+
+
+async def said(client: RawClient) -> Message:
+    got = await client.receive()
+    assert got is not None, "the server hung up"
+    return got
+
+
+def granted(request: Message, data: bytes = b"") -> bytes:
+    """The reply to a DMA request."""
+    return message(request.command, request.payload[:16] + data, message_id=request.message_id, flags=REPLY)
+
+
+def refused(request: Message, number: int) -> bytes:
+    return struct.pack("=HHIII", request.message_id, request.command, 16, REPLY | ERROR, number)
+
+
+# --- a worker thread asks, over the session's socket
+
+
+async def test_a_worker_reads_the_clients_memory(
+    served: World, client: RawClient, nursery: trio.Nursery
+) -> None:
+    worker = Worker(nursery, partial(memory(served).read, IOVA, 4))
+    request = await said(client)
+    assert (request.command, request.flags) == (DMA_READ, 0)
+    assert request.payload == struct.pack("=QQ", IOVA, 4)
+    await client.send(granted(request, b"abcd"))
+    assert await worker.outcome() == b"abcd"
+
+
+async def test_a_worker_writes_the_clients_memory(
+    served: World, client: RawClient, nursery: trio.Nursery
+) -> None:
+    worker = Worker(nursery, partial(memory(served).write, IOVA, b"abcd"))
+    request = await said(client)
+    assert (request.command, request.payload) == (DMA_WRITE, struct.pack("=QQ", IOVA, 4) + b"abcd")
+    assert not worker.over.is_set()
+    await client.send(granted(request))
+    assert await worker.outcome() is None
+
+
+async def test_requests_are_answered_while_the_client_owes_an_answer(
+    served: World, client: RawClient, nursery: trio.Nursery
+) -> None:
+    worker = Worker(nursery, partial(memory(served).read, IOVA, 4))
+    request = await said(client)
+    await client.do(GET_INFO, INFO)
+    await client.read(0, 0, 4)
+    await client.send(message(REGION_READ, access(0, 0, 4), message_id=7) + granted(request, b"abcd"))
+    assert (await said(client)).message_id == 7
+    assert await worker.outcome() == b"abcd"
+
+
+async def test_answers_may_come_in_any_order(served: World, client: RawClient, nursery: trio.Nursery) -> None:
+    workers = {n: Worker(nursery, partial(memory(served).read, n, 1)) for n in range(8)}
+    requests = [await said(client) for _ in workers]
+    for request in reversed(requests):
+        iova = request.unpack("Q")[0]
+        await client.send(granted(request, bytes([iova])))
+    assert [await worker.outcome() for worker in workers.values()] == [bytes([n]) for n in range(8)]
+
+
+@pytest.mark.parametrize("number", [errno.EFAULT, errno.EINVAL, errno.EPERM])
+async def test_a_client_that_refuses_is_believed(
+    served: World, client: RawClient, nursery: trio.Nursery, number: int
+) -> None:
+    worker = Worker(nursery, partial(memory(served).read, IOVA, 4))
+    await client.send(refused(await said(client), number))
+    assert await worker.outcome() == number
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        struct.pack("=QQ", IOVA, 4) + b"abc",
+        struct.pack("=QQ", IOVA, 3) + b"abc",
+        struct.pack("=QQ", IOVA, 5) + b"abcde",
+        struct.pack("=QQ", IOVA + 1, 4) + b"abcd",
+        b"",
+    ],
+)
+async def test_an_answer_to_something_else_fails_the_access_alone(
+    served: World, client: RawClient, nursery: trio.Nursery, lie: bytes
+) -> None:
+    worker = Worker(nursery, partial(memory(served).read, IOVA, 4))
+    request = await said(client)
+    await client.send(message(DMA_READ, lie, message_id=request.message_id, flags=REPLY))
+    assert await worker.outcome() == errno.EIO
+    await client.do(GET_INFO, INFO)
+
+
+async def test_descriptors_in_an_answer_are_closed(
+    served: World, client: RawClient, nursery: trio.Nursery
+) -> None:
+    worker = Worker(nursery, partial(memory(served).read, IOVA, 4))
+    fd = os.eventfd(0)
+    await client.send(granted(await said(client), b"abcd"), [fd])
+    os.close(fd)
+    assert await worker.outcome() == b"abcd"  # and the fixture counts what is open at the end
+
+
+async def test_an_answer_that_comes_too_late_is_dropped(tmp_path: Path, nursery: trio.Nursery) -> None:
+    async with world(tmp_path, limits=SessionLimits(dma_deadline=0.02)) as served:
+        client = await served.client()
+        worker = Worker(nursery, partial(memory(served).read, IOVA, 4))
+        request = await said(client)
+        assert await worker.outcome() == errno.ETIMEDOUT
+        await client.send(granted(request, b"abcd"))
+        await client.do(GET_INFO, INFO)
+        another = Worker(nursery, partial(memory(served).read, IOVA, 4))
+        request = await said(client)
+        await client.send(granted(request, b"efgh"))
+        assert await another.outcome() == b"efgh"
+
+
+async def test_a_client_owes_so_many_answers_and_no_more(tmp_path: Path, nursery: trio.Nursery) -> None:
+    async with world(tmp_path, limits=SessionLimits(dma_deadline=0.2)) as served:
+        client = await served.client()
+        remote = memory(served)
+        workers = [Worker(nursery, partial(remote.read, n, 1)) for n in range(MAX_DMA_UNANSWERED)]
+        for _ in workers:
+            await said(client)
+        for worker in workers:
+            assert await worker.outcome() == errno.ETIMEDOUT
+        assert await Worker(nursery, partial(remote.read, 0, 1)).outcome() == errno.EBUSY
+        await client.do(GET_INFO, INFO)
+
+
+async def test_who_waits_is_told_at_once_that_the_client_has_left(
+    served: World, client: RawClient, nursery: trio.Nursery
+) -> None:
+    remote = memory(served)
+    workers = [Worker(nursery, partial(remote.read, IOVA, 4)) for _ in range(3)]
+    for _ in workers:
+        await said(client)
+    client.close()
+    for worker in workers:
+        assert await worker.outcome() == errno.ENOTCONN
+    assert served.function.dma.remote is None
+    assert await Worker(nursery, partial(remote.write, IOVA, b"x")).outcome() == errno.ENOTCONN
+    with pytest.raises(DeviceError) as refusal:
+        remote.read(IOVA, 4)
+    assert refusal.value.errno == errno.ENOTCONN
+
+
+async def test_there_is_no_memory_before_version_and_for_a_client_that_takes_no_data(served: World) -> None:
+    client = await served.connect()
+    await trio.testing.wait_all_tasks_blocked()
+    assert served.function.dma.remote is None
+    (await client.negotiate({"max_msg_fds": 8, "max_data_xfer_size": 0})).close()
+    await client.do(GET_INFO, INFO)
+    assert served.function.dma.remote is None
+
+
+async def test_what_is_asked_for_at_once_is_what_both_ends_take(served: World) -> None:
+    client = await served.connect()
+    (await client.negotiate({"max_msg_fds": 8, "max_data_xfer_size": 4096})).close()
+    await client.do(GET_INFO, INFO)
+    assert served.function.dma.remote_limit == 4096
+    with pytest.raises(DeviceError) as refusal:
+        memory(served).read(0, 4097)
+    assert refusal.value.errno == errno.EINVAL
+
+
+async def test_a_long_write_is_not_cut_by_replies(
+    served: World, client: RawClient, nursery: trio.Nursery
+) -> None:
+    data = os.urandom(1 << 20)
+    worker = Worker(nursery, partial(memory(served).write, IOVA, data))
+    await trio.testing.wait_all_tasks_blocked(0.01)
+    await client.send(message(REGION_READ, access(0, 0, 4), message_id=7) + message(GET_INFO, INFO) * 20)
+    got = [await said(client) for _ in range(22)]
+    (request,) = [one for one in got if one.command == DMA_WRITE]
+    assert request.payload[16:] == data
+    assert sum(one.command == GET_INFO for one in got) == 20
+    await client.send(granted(request))
+    assert await worker.outcome() is None
+
+
+async def test_a_client_that_takes_no_requests_is_dropped(
+    tmp_path: Path, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with world(tmp_path, limits=SessionLimits(send_deadline=0.1)) as served:
+        await served.client()
+        worker = Worker(nursery, partial(memory(served).write, IOVA, bytes(1 << 20)))
+        assert await worker.outcome() == errno.ENOTCONN
+    assert "it takes no messages" in caplog.text
+
+
+# --- a handler asks, in the trio thread: what the client says beforehand is there when it looks
+
+
+@pytest.fixture
+async def asking(served: World) -> World:
+    """A card whose registers below 128 are found in the client's memory."""
+    served.card.registers.answers = partial(from_memory, served)
+    return served
+
+
+def from_memory(served: World, offset: int) -> int:
+    if offset >= 128:
+        return offset
+    return int.from_bytes(memory(served).read(IOVA + offset, 4), "little")
+
+
+def reply_to(number: int, iova: int, data: bytes) -> bytes:
+    """The answer to the server's read, which has the ``number`` that its requests are counted by."""
+    return message(DMA_READ, struct.pack("=QQ", iova, len(data)) + data, message_id=number, flags=REPLY)
+
+
+async def test_a_handler_may_read_memory_before_it_answers(asking: World) -> None:
+    client = await asking.client()
+    await client.send(message(REGION_READ, access(0, 0, 4), message_id=7) + reply_to(0, IOVA, b"abcd"))
+    assert (await said(client)).payload == struct.pack("=QQ", IOVA, 4)
+    answer = await said(client)
+    assert (answer.message_id, answer.payload[16:]) == (7, b"abcd")
+    served = await client.read(0, 128, 4)
+    assert served == struct.pack("=I", 128)
+
+
+async def test_what_is_asked_meanwhile_keeps_its_order(asking: World) -> None:
+    client = await asking.client()
+    await client.send(
+        message(REGION_READ, access(0, 0, 4), message_id=1)
+        + message(REGION_WRITE, access(0, 2, 4) + b"1111", flags=NO_REPLY)
+        + message(REGION_READ, access(0, 2, 4), message_id=2)
+        + message(GET_INFO, INFO, message_id=3)
+        + message(REGION_READ, access(4, 0, 4), message_id=4)
+        + reply_to(0, IOVA, b"abcd")
+        + message(REGION_WRITE, access(0, 2, 4) + b"2222", flags=NO_REPLY)
+        + message(REGION_READ, access(0, 2, 4), message_id=5)
+        + message(99, message_id=6)
+        + message(REGION_READ, access(0, 0, 4), message_id=7)[:20]
+    )
+    assert (await said(client)).command == DMA_READ
+    replies = [await said(client) for _ in range(3)]
+    assert [reply.message_id for reply in replies] == [1, 2, 3]
+    assert replies[0].payload[16:] == b"abcd"
+    assert replies[1].payload[16:] == b"1111"
