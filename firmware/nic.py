@@ -212,9 +212,11 @@ class Nic:
     # --- port and link
 
     def _port_changed(self) -> None:
-        """The port's link or file descriptor is another one now."""
+        """The port's link or file descriptor is another one now; the old one is closed when this returns."""
         if self.port.fd != self._attached:
             self._attached = None
+            if not self.function.running:
+                self.datapath.detach()
         self.set_link(self.port.link_up)
 
     def set_link(self, up: bool) -> None:
