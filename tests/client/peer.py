@@ -17,10 +17,12 @@ import trio
 import client
 from protocol import Limits
 
-VERSION, DMA_MAP, DMA_UNMAP, GET_INFO, REGION_INFO, IRQ_INFO, SET_IRQS = 1, 2, 3, 4, 5, 7, 8
-REGION_READ, REGION_WRITE, DMA_READ, RESET = 9, 10, 11, 13
+VERSION, DMA_MAP, DMA_UNMAP, GET_INFO, REGION_INFO, IO_FDS, IRQ_INFO, SET_IRQS = 1, 2, 3, 4, 5, 6, 7, 8
+REGION_READ, REGION_WRITE, DMA_READ, DMA_WRITE, RESET = 9, 10, 11, 12, 13
+WRITE_MULTI, FEATURE, MIG_READ, MIG_WRITE = 15, 16, 17, 18
 REPLY, NO_REPLY, ERROR = 1, 16, 32
 CAPABILITIES = b'{"capabilities":{"max_msg_fds":8,"max_data_xfer_size":4096}}\0'
+TWIN = b'{"capabilities":{"max_msg_fds":8,"twin_socket":{"supported":true,"fd_index":0}}}\0'
 
 
 @dataclass(frozen=True)
@@ -105,14 +107,27 @@ class Peer:
         """Answer a message."""
         self.send(struct.pack("=HHIII", to.id, to.command, 16 + len(payload), flags, error) + payload, fds)
 
+    def ask(self, command: int, payload: bytes = b"", *, id: int = 7, flags: int = 0) -> None:  # noqa: A002
+        """Send a command of the server's."""
+        self.send(struct.pack("=HHIII", id, command, 16 + len(payload), flags, 0) + payload)
+
+    async def answered(self) -> tuple[Message, int]:
+        """The next message, which must be a reply, and its errno."""
+        await self._fill(16)
+        message_id, command, size, flags, error = struct.unpack("=HHIII", self._data)
+        assert flags == (REPLY | ERROR if error else REPLY)
+        await self._fill(size)
+        payload, self._data = self._data[16:], b""
+        return Message(message_id, command, flags, payload, ()), error
+
     def refuse(self, to: Message, errno: int) -> None:
         """Answer a message with an error."""
         self.reply(to, flags=REPLY | ERROR, error=errno)
 
-    async def agree(self, capabilities: bytes = CAPABILITIES) -> Message:
+    async def agree(self, capabilities: bytes = CAPABILITIES, fds: tuple[int, ...] = ()) -> Message:
         """Take VERSION and agree to it."""
         message = await self.expect(VERSION)
-        self.reply(message, struct.pack("=HH", 0, 0) + capabilities)
+        self.reply(message, struct.pack("=HH", 0, 0) + capabilities, fds)
         return message
 
     async def describe(
@@ -155,15 +170,18 @@ async def session_with(
     irqs: tuple[int, ...] = (1, 32, 4, 1, 1),
     capabilities: bytes = CAPABILITIES,
     limits: Limits | None = None,
+    fds: tuple[int, ...] = (),
 ) -> AsyncIterator[tuple[client.Session, Peer]]:
-    """A session and its scripted server after the questions of the beginning; `script` runs before them."""
+    """A session and its scripted server after the questions of the beginning; `script` runs before them, and
+    `fds` go with the agreement.
+    """
     ours, theirs = socket.socketpair()
     peer = Peer(theirs)
 
     async def begin() -> None:
         if script is not None:
             script(peer)
-        await peer.agree(capabilities)
+        await peer.agree(capabilities, fds)
         await peer.describe(regions or {}, irqs)
 
     try:

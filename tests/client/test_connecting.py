@@ -9,7 +9,7 @@ import pytest
 import trio
 
 import client
-from client.connecting import FIRST_ARGSZ, MAX_REGIONS
+from protocol.limits import FIRST_ARGSZ, MAX_REGIONS
 from protocol.vfio import RegionFlags
 from tests.client.peer import (
     GET_INFO,
