@@ -9,6 +9,7 @@ cdef enum:
     STREAM_PREFIX = 4               # a frame's length in a stream, and in the loopback's queue
     STREAM_ROOM = 1 << 18
     LOOPBACK_ROOM = 1 << 22
+    CARRIED_ROOM = (1 << 22) + STREAM_PREFIX + HEADER + FRAME_LIMIT     # a full loopback and the frame before it
     FRAMING_PACKETS = 0
     FRAMING_STREAM = 1
     FRAMING_LOOPBACK = 2
@@ -21,6 +22,9 @@ cdef class Cable:
     cdef uint32_t _in_head, _in_tail, _in_room
     cdef uint8_t *_out
     cdef uint32_t _out_head, _out_tail
+    cdef bytes _luggage                 # keeps `_carried` alive
+    cdef const uint8_t *_carried        # frames that came along with the card from another one, before all others
+    cdef uint32_t _carried_head, _carried_tail
 
     cdef void forget(self) noexcept nogil
     cdef bint backlog(self) noexcept nogil

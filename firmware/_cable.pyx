@@ -65,8 +65,64 @@ cdef class Cable:
         """Let go of the descriptor; frames to it are dropped until another is attached."""
         self.fd = -1
 
+    def save(self, bytes pending=b""):
+        """`pending`, if there is one, and the frames that wait for the driver, each behind its length.
+
+        For `stage` of another cable. A frame that has come in part stays with its stream; what would exceed
+        a full loopback is dropped, the newest first.
+        """
+        cdef uint32_t at, total
+        frames = [pending] if pending else []
+        at = self._carried_head
+        while at < self._carried_tail:
+            memcpy(&total, self._carried + at, STREAM_PREFIX)
+            frames.append(self._carried[at + STREAM_PREFIX:at + STREAM_PREFIX + total])
+            at += STREAM_PREFIX + total
+        at = self._in_head
+        while self._in_tail - at >= STREAM_PREFIX:
+            memcpy(&total, self._in + at, STREAM_PREFIX)
+            if self.framing == FRAMING_STREAM:
+                total = _big32(self._in + at)
+            if total > HEADER + FRAME_LIMIT or self._in_tail - at - STREAM_PREFIX < total:
+                break
+            at += STREAM_PREFIX
+            if self.framing == FRAMING_LOOPBACK:
+                frames.append(self._in[at:at + total])
+            elif total >= ETHERNET:
+                frames.append(bytes(HEADER) + self._in[at:at + total])
+            at += total
+        saved = bytearray()
+        for frame in frames:
+            if len(saved) + STREAM_PREFIX + len(frame) > CARRIED_ROOM:
+                break
+            saved += len(frame).to_bytes(STREAM_PREFIX, "little") + frame
+        return bytes(saved)
+
+    def stage(self, data):
+        """What lets the frames that another cable saved come out of this one first; ValueError if none did.
+
+        They wait through `attach` and `detach`.
+        """
+        luggage = bytes(data)
+        if len(luggage) > CARRIED_ROOM:
+            raise ValueError(f"{len(luggage)} bytes of frames, at most {CARRIED_ROOM} come along")
+        at = 0
+        while at < len(luggage):
+            length = int.from_bytes(luggage[at:at + STREAM_PREFIX], "little")
+            at += STREAM_PREFIX + length
+            if not HEADER + ETHERNET <= length <= HEADER + FRAME_LIMIT or at > len(luggage):
+                raise ValueError(f"a frame of {length} bytes, its header among them")
+
+        def apply():
+            self._luggage = luggage
+            self._carried = luggage
+            self._carried_head, self._carried_tail = 0, len(luggage)
+
+        return apply
+
     cdef void forget(self) noexcept nogil:
-        """Drop what waits in a loopback: it was for a driver that is gone."""
+        """Drop what waits in a loopback or came along: it was for a driver that is gone."""
+        self._carried_head = self._carried_tail = 0
         if self.framing == FRAMING_LOOPBACK:
             self._in_head = self._in_tail = 0
 
@@ -90,12 +146,14 @@ cdef class Cable:
         return 1
 
     cdef int send_frame(self, const uint8_t *header, const uint8_t *frame, uint32_t length) noexcept nogil:
-        """Send a frame from our own memory: 1 sent, 0 the port is full, -1 dropped. Packets go without the header."""
-        cdef iovec whole
+        """Send a frame from our own memory: 1 sent, 0 the port is full, -1 dropped."""
+        cdef iovec pieces[2]
         if self.framing == FRAMING_PACKETS:
-            whole.iov_base = <void *> frame
-            whole.iov_len = length
-            return self.send_pieces(&whole, 1)
+            pieces[0].iov_base = <void *> header
+            pieces[0].iov_len = self.header_size
+            pieces[1].iov_base = <void *> frame
+            pieces[1].iov_len = length
+            return self.send_pieces(pieces, 2)
         if self.framing == FRAMING_STREAM:
             return self._send_stream(frame, length)
         return self._send_loopback(header, frame, length)
@@ -161,6 +219,12 @@ cdef class Cable:
         """
         cdef ssize_t got
         cdef uint32_t total
+        if self._carried_head < self._carried_tail:
+            memcpy(&total, self._carried + self._carried_head, STREAM_PREFIX)
+            memcpy(frame, self._carried + self._carried_head + STREAM_PREFIX, total)
+            self._carried_head += STREAM_PREFIX + total
+            frame_length[0] = total
+            return 1
         if self.framing == FRAMING_LOOPBACK:
             if self._in_head == self._in_tail:
                 return 0
