@@ -352,6 +352,7 @@ class PciFunction:
         with self.gate:
             log.info("%s: reset, %s", self.name, kind.value)
             self.on_reset(kind)
+            self.dma.disturb()
             lost = kind is ResetKind.LOST_CLIENT
             if lost:
                 self.interrupts.unwire_all()
