@@ -14,6 +14,10 @@ import pytest
 import trio
 from hypothesis import HealthCheck, settings
 
+from tests.peers.cache import PeerError
+from tests.peers.engines import why_left_out
+from tests.peers.libvfio_user import LibvfioUser, libvfio_user_under_test
+
 # A property does not fail because the machine is busy.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
@@ -75,3 +79,31 @@ def demand() -> Callable[[bool, str], None]:
             cannot(reason)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def libvfio_user() -> LibvfioUser:
+    """The libvfio-user that is tested; building it needs Debian's archive once."""
+    try:
+        return libvfio_user_under_test()
+    except PeerError as error:
+        cannot(f"libvfio-user cannot be had here: {error}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what libvfio-user cannot do, by the name of the limit."""
+    left_out = {item: reason for item in items if (reason := why_left_out(item))}
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
+        config.stash[_LEFT_OUT] = [f"{reason}: {item.nodeid}" for item, reason in left_out.items()]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if lines := config.stash.get(_LEFT_OUT, []):
+        terminalreporter.section("left out: limits of libvfio-user")
+        for line in lines:
+            terminalreporter.line(line)
+
+
+_LEFT_OUT = pytest.StashKey[list[str]]()

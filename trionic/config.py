@@ -3,6 +3,9 @@
 A file holds any number of cards::
 
     poll_us = 0                     # optional: microseconds to spin before sleeping
+    engine = "libvfio-user"         # optional, native if absent; then, optional as well:
+    libvfio_user = "/opt/lib/libvfio-user.so.0"
+    libvfio_user_api = "2026"       # its interface, found out if absent
 
     [[card]]
     socket = "/run/trionic/a.sock"
@@ -24,11 +27,12 @@ import difflib
 import os
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from trionic.engines import INTERFACES, NATIVE, Engine, EngineConfig
 from trionic.errors import ConfigError
 
 __all__ = [
@@ -91,6 +95,8 @@ class ServeConfig:
     cards: tuple[CardConfig, ...]
     poll_us: int = 0
     """Microseconds to spin before sleeping."""
+    engine: EngineConfig = NATIVE
+    """Who speaks vfio-user."""
 
 
 def derive_mac(path: Path) -> bytes:
@@ -149,6 +155,7 @@ def load_config(file: Path) -> ServeConfig:
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; give the path of a TOML file") from error
     settings = _take(document, _TOP_KEYS, str(file))
+    engine = {name: settings.pop(key) for key, name in _ENGINE_KEYS.items() if key in settings}
     cards = document.get("card", [])
     if not isinstance(cards, list) or not cards or not all(isinstance(card, dict) for card in cards):
         raise ConfigError(f"{file}: has no card; write at least one [[card]] with a socket")
@@ -156,6 +163,7 @@ def load_config(file: Path) -> ServeConfig:
         cards=check_sockets(
             tuple(_card(card, f"{file}: card {number}") for number, card in enumerate(cards, 1)), str(file)
         ),
+        engine=EngineConfig(**engine),
         **settings,
     )
 
@@ -224,7 +232,20 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-_TOP_KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {"poll_us": parse_poll_us}
+def _one_of(value: object, names: Sequence[str]) -> str:
+    if value not in names:
+        raise ConfigError(f"{value!r} is none of {', '.join(names)}")
+    return str(value)
+
+
+_TOP_KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
+    "poll_us": parse_poll_us,
+    "engine": lambda value: Engine(_one_of(value, [engine.value for engine in Engine])),
+    "libvfio_user": lambda value: Path(_text(value)),
+    "libvfio_user_api": lambda value: _one_of(value, INTERFACES),
+}
+# Which of them describe the engine, and as what.
+_ENGINE_KEYS: Final = {"engine": "engine", "libvfio_user": "library", "libvfio_user_api": "interface"}
 _CARD_KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "socket": lambda value: Path(_text(value)),
     "port": _text,

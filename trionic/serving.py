@@ -12,8 +12,9 @@ import trio
 
 from firmware.nic import Nic
 from firmware.ports import PortError, open_port
-from server import Listener, ServerError, serve
+from server import Listener, ServerError
 from trionic.config import CardConfig, ServeConfig, derive_mac
+from trionic.engines import open_engine
 from trionic.errors import TrionicError
 
 __all__ = ["open_cards", "run", "serve_cards"]
@@ -53,8 +54,10 @@ async def serve_cards(
 
     ``listeners``, one for each card, if they were made before; else they are made at the cards' sockets.
 
-    Raises `PortError` or `server.ServerError`, one line each, for a port or a socket that cannot be had.
+    Raises `PortError` or `server.ServerError`, one line each, for a port, a socket or an engine that cannot
+    be had.
     """
+    serve = open_engine(settings.engine)
     with open_cards(settings.cards, settings.poll_us) as nics:
         async with trio.open_nursery() as nursery:
             places: Sequence[Listener | Path] = listeners or [card.socket for card in settings.cards]

@@ -102,7 +102,11 @@ class Guest:
     """A running guest, made by `boot`."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], qmp: trio.SocketStream, channel: trio.SocketStream
+        self,
+        process: subprocess.Popen[bytes],
+        qmp: trio.SocketStream,
+        channel: trio.SocketStream,
+        expected_warnings: Sequence[str] = (),
     ) -> None:
         self.pid = process.pid
         """QEMU's process."""
@@ -112,6 +116,7 @@ class Guest:
         self._console = Transcript(self._watch_console)
         self._output = ScriptOutput()
         self._stderr = Transcript()
+        self._expected_warnings = expected_warnings
         self._channel = Channel(channel, self._output)
         self._qmp = Qmp(qmp, self._on_event)
         self._exited = trio.Event()
@@ -161,13 +166,17 @@ class Guest:
         """Wait until the script ended and the guest is off.
 
         Unless told otherwise, raises `GuestError` when the script's exit status is not 0 and when QEMU
-        printed anything to its stderr: a guest can be content while QEMU reports broken DMA maps there.
+        printed anything unexpected to its stderr: a guest can be content while QEMU reports broken DMA maps
+        there.
         """
         await self._exited.wait()
         self._waited = True
         if check and self._channel.status != 0:
             raise self._failed(f"the script's exit status is {self._channel.status}")
-        if clean_stderr and self.qemu_stderr:
+        if clean_stderr and not all(
+            any(expected in line for expected in self._expected_warnings)
+            for line in self.qemu_stderr.splitlines()
+        ):
             raise self._failed("QEMU printed to its stderr")
         return self.result
 
@@ -319,6 +328,7 @@ async def boot(
     network: Network | None = None,
     taps: Sequence[str] = (),
     files: Mapping[str, Path] | None = None,
+    expected_warnings: Sequence[str] = (),
 ) -> AsyncIterator[Guest]:
     """Boot a guest with the cards at `sockets` plugged in and run the shell script `script` in it.
 
@@ -331,7 +341,8 @@ async def boot(
 
     `files` are small files, such as kernel modules, which the guest finds by these names in ``/run/files``.
     `taps` are TAP devices that get QEMU's own virtio cards; `network` is the namespace that QEMU runs in;
-    `accel` is ``tcg`` or ``kvm`` instead of what was found to work here.
+    `accel` is ``tcg`` or ``kvm`` instead of what was found to work here. Lines of QEMU's stderr that contain
+    one of `expected_warnings` are no failure.
     """
     if root is None:
         root = await trio.to_thread.run_sync(guest_root)
@@ -369,7 +380,7 @@ async def boot(
         stack.callback(_end, process)
         for end in far:
             end.close()
-        guest = Guest(process, monitor, channel)
+        guest = Guest(process, monitor, channel, expected_warnings)
         streams: Streams = {guest._console: console, guest._output: output, guest._stderr: stderr}
         async with _watched(guest, streams, deadline):
             yield guest

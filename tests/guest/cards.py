@@ -13,7 +13,7 @@ import trio
 from device.virtio.net import LinkStatus
 from firmware import Nic
 from firmware.ports import open_port
-from server import serve
+from trionic.engines import NATIVE, EngineConfig, open_engine
 
 MAC = "52:54:00:12:34:%02x"
 
@@ -36,8 +36,11 @@ class ServedCard:
 
 
 @asynccontextmanager
-async def serve_cards(folder: Path, ports: Sequence[str], **options: Any) -> AsyncIterator[list[ServedCard]]:
+async def serve_cards(
+    folder: Path, ports: Sequence[str], engine: EngineConfig = NATIVE, **options: Any
+) -> AsyncIterator[list[ServedCard]]:
     """Serve a card on each of `ports` at sockets in `folder`; `options` are those of `Nic`."""
+    serve = open_engine(engine)
     cards = []
     for number, spec in enumerate(ports):
         mac = MAC % number

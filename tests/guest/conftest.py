@@ -19,8 +19,13 @@ from tests.guest import Card, Guest, GuestResult, Network, RigError, Root, boot
 from tests.guest import guest_root as make_guest_root
 from tests.guest.cards import ServedCard
 from tests.guest.cards import serve_cards as serve
+from tests.peers.libvfio_user import LibvfioUser
+from trionic.engines import NATIVE, Engine, EngineConfig
 
 _HERE = Path(__file__).parent
+# What QEMU says to a card without the ERR interrupt (Limit.ERR_AND_REQ).
+_WARNINGS = ["Could not enable error recovery for the device"]
+
 _FIRST_USE_TIMEOUT = 600  # the first guest test of a fresh checkout downloads the rig
 
 
@@ -86,10 +91,11 @@ def guest_root() -> Root:
 
 
 @pytest.fixture
-def boot_guest(guest_root: Root) -> BootGuest:
+def boot_guest(guest_root: Root, engine: EngineConfig) -> BootGuest:
     """Boot a guest in one line: ``result = await boot_guest("lspci", [socket])``, or ``async with`` to steer
     it.
     """
+    expected = _WARNINGS if engine.engine is Engine.LIBVFIO_USER else []
 
     def start(
         script: str,
@@ -99,7 +105,8 @@ def boot_guest(guest_root: Root) -> BootGuest:
         clean_stderr: bool = True,
         **options: Any,
     ) -> Booting:
-        return Booting(boot(script, sockets, root=guest_root, **options), check, clean_stderr)
+        booted = boot(script, sockets, root=guest_root, expected_warnings=expected, **options)
+        return Booting(booted, check, clean_stderr)
 
     return start
 
@@ -134,10 +141,34 @@ class ServeCards(Protocol):
     def __call__(self, *ports: str, **options: Any) -> AbstractAsyncContextManager[list[ServedCard]]: ...
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each test that has cards served has them served by each engine in turn."""
+    if {"serve_cards", "serve_options"} & set(metafunc.fixturenames):
+        engines = list(Engine)
+        metafunc.parametrize("engine", engines, ids=[engine.value for engine in engines], indirect=True)
+
+
 @pytest.fixture
-def serve_cards(tmp_path: Path) -> ServeCards:
+def engine(request: pytest.FixtureRequest) -> EngineConfig:
+    """Who serves the cards."""
+    if getattr(request, "param", Engine.NATIVE) is Engine.NATIVE:
+        return NATIVE
+    built: LibvfioUser = request.getfixturevalue("libvfio_user")
+    return EngineConfig(Engine.LIBVFIO_USER, built.library)
+
+
+@pytest.fixture
+def serve_options(engine: EngineConfig) -> list[str | Path]:
+    """The options of ``trionic serve`` that choose the engine."""
+    if engine.library is None:
+        return []
+    return ["--engine", engine.engine.value, "--libvfio-user", engine.library]
+
+
+@pytest.fixture
+def serve_cards(tmp_path: Path, engine: EngineConfig) -> ServeCards:
     """Serve cards in one line: ``async with serve_cards("tap:name=tap0") as (card,):``."""
-    return lambda *ports, **options: serve(tmp_path, ports, **options)
+    return lambda *ports, **options: serve(tmp_path, ports, engine, **options)
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ until grep up /sys/class/net/eth0/operstate; do usleep 50000; done; exit
 
 
 async def test_the_printed_line_plugs_the_card_into_a_qemu_of_ones_own(
-    guest_root: Root, tmp_path: Path
+    guest_root: Root, tmp_path: Path, serve_options: list[str | Path]
 ) -> None:
-    with serving("--socket", tmp_path / "card.sock") as served:
+    with serving("--socket", tmp_path / "card.sock", *serve_options) as served:
         program, *arguments = shlex.split(served.said[-1])
         assert program == "qemu-system-x86_64"
         command: list[str | Path] = [

@@ -7,6 +7,7 @@ where BAR sizes have 32 bits and ``vfu_setup_device_dma`` takes three arguments.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tarfile
 from dataclasses import dataclass
@@ -79,6 +80,14 @@ def _build(work: Path) -> None:
     (work / "version.txt").write_text(description.stem.partition("_")[2], encoding="utf-8")
     for scratch in ("source", "download", "apt"):
         shutil.rmtree(work / scratch)
+
+
+def libvfio_user_under_test() -> LibvfioUser:
+    """`libvfio_user`, or what lies in ``$TRIONIC_TEST_LIBVFIO_USER``: libvfio-user.so.0 and include/."""
+    chosen = os.environ.get("TRIONIC_TEST_LIBVFIO_USER")
+    if not chosen:
+        return libvfio_user()
+    return LibvfioUser(Path(chosen) / SONAME, Path(chosen) / "include", version="chosen")
 
 
 def libvfio_user() -> LibvfioUser:

@@ -97,7 +97,9 @@ def test_an_unknown_key_is_refused_with_the_allowed_ones(file: Path) -> None:
 
 def test_an_unknown_key_at_the_top_is_refused(file: Path) -> None:
     assert refusal(file, '[[cards]]\nsocket = "a"\n') == "unknown key cards; did you mean [[card]]?"
-    assert refusal(file, "xyz = 1") == "unknown key xyz; allowed are poll_us, [[card]]"
+    assert refusal(file, "xyz = 1") == (
+        "unknown key xyz; allowed are poll_us, engine, libvfio_user, libvfio_user_api, [[card]]"
+    )
 
 
 def test_a_card_without_a_socket_is_refused(file: Path) -> None:

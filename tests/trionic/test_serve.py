@@ -202,8 +202,14 @@ def test_a_missing_file(tmp_path: Path) -> None:
             ("-s", "a", "--poll", "-1"),
             "--poll: '-1' is no time to poll in microseconds; choose a whole number from 0 to 10000",
         ),
-        (("-c", "b", "--no-msix"), "--config says which cards there are; leave out the other card options"),
-        (("-s", "a", "-c", "b"), "--config says which cards there are; leave out the other card options"),
+        (
+            ("-c", "b", "--no-msix"),
+            "--config says which cards there are and who serves them; leave out the other options",
+        ),
+        (
+            ("-s", "a", "-c", "b"),
+            "--config says which cards there are and who serves them; leave out the other options",
+        ),
     ],
 )
 def test_options_that_make_no_sense(options: tuple[str, ...], expected: str) -> None:

@@ -25,6 +25,7 @@ from trionic.config import (
     parse_mtu,
     parse_poll_us,
 )
+from trionic.engines import INTERFACES, NATIVE, Engine, EngineConfig, limits
 from trionic.errors import ConfigError, TrionicError
 from trionic.qemu import OLDEST_QEMU, attach_line
 
@@ -94,6 +95,29 @@ class _Parsed(click.ParamType[Any]):
     help="Microseconds to spin for the next message before sleeping: less latency, more heat.  [default: 0]",
 )
 @click.option(
+    "--engine",
+    type=click.Choice([engine.value for engine in Engine]),
+    default=Engine.NATIVE.value,
+    show_default=True,
+    help="Who speaks vfio-user: trionic, or Nutanix's C library.",
+)
+@click.option(
+    "--libvfio-user",
+    type=click.Path(path_type=Path),
+    help="The library's file.  [default: $TRIONIC_LIBVFIO_USER, or where the loader finds libvfio-user.so.0]",
+)
+@click.option(
+    "--libvfio-user-api",
+    type=click.Choice(INTERFACES),
+    help="The library's interface, by its year.  [default: found out]",
+)
+@click.option(
+    "--limits",
+    "show_limits",
+    is_flag=True,
+    help="List what the engine cannot do, and serve nothing.",
+)
+@click.option(
     *("-c", "--config"),
     type=click.Path(path_type=Path),
     help="A TOML file with one [[card]] for each card, instead of the options above.",
@@ -114,6 +138,10 @@ def serve(
     no_offloads: bool,
     no_msix: bool,
     poll_us: int | None,
+    engine: str,
+    libvfio_user: Path | None,
+    libvfio_user_api: str | None,
+    show_limits: bool,
     config: Path | None,
     log_level: str,
 ) -> None:
@@ -135,6 +163,7 @@ def serve(
       trionic serve --socket /tmp/card.sock
       trionic serve -s /tmp/a.sock -p tap:name=tap0 -s /tmp/b.sock -p tap:name=tap1
       trionic serve --config cards.toml
+      trionic serve --engine libvfio-user --limits
 
     \b
     cards.toml:
@@ -148,7 +177,11 @@ def serve(
       msix = true
     """
     every = CardConfig(Path(), mtu=mtu, bar2_size=bar2_size, offloads=not no_offloads, msix=not no_msix)
-    settings = _settings(sockets, ports, macs, every, poll_us, config)
+    chosen = EngineConfig(Engine(engine), libvfio_user, libvfio_user_api)
+    if show_limits:
+        _tell_limits(chosen)
+        return
+    settings = _settings(sockets, ports, macs, every, poll_us, chosen, config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as opened:
         try:
@@ -158,6 +191,17 @@ def serve(
         from trionic.serving import run  # late: clients may connect while the rest is loaded
 
         run(settings, listeners, log_level, lambda: _tell(settings))
+
+
+def _tell_limits(engine: EngineConfig) -> None:
+    """A paragraph for each limit: its name, what cannot be done, and why."""
+    if engine == NATIVE:
+        click.echo("The native engine does everything that vfio-user says of its cards.")
+    try:
+        for name, what, why in limits(engine):
+            click.echo(f"{name}\n    {what};\n    {why}")
+    except ServerError as error:
+        raise TrionicError(str(error)) from error
 
 
 def _tell(settings: ServeConfig) -> None:
@@ -177,14 +221,17 @@ def _settings(
     macs: tuple[bytes, ...],
     every: CardConfig,
     poll_us: int | None,
+    engine: EngineConfig,
     config: Path | None,
 ) -> ServeConfig:
     """The cards of the command line, each like ``every``, or those of the file."""
     if config is not None:
-        if sockets or ports or macs or every != CardConfig(Path()):
-            raise ConfigError("--config says which cards there are; leave out the other card options")
+        if sockets or ports or macs or every != CardConfig(Path()) or engine != NATIVE:
+            raise ConfigError(
+                "--config says which cards there are and who serves them; leave out the other options"
+            )
         settings = load_config(config)
-        return settings if poll_us is None else ServeConfig(settings.cards, poll_us)
+        return settings if poll_us is None else replace(settings, poll_us=poll_us)
     if not sockets:
         raise ConfigError("no card to serve; give --socket PATH, or --config FILE with [[card]] tables")
     _need_one_each("--port", ports, sockets)
@@ -198,7 +245,7 @@ def _settings(
         )
         for number, socket in enumerate(sockets)
     )
-    return ServeConfig(check_sockets(cards, "--socket"), poll_us or 0)
+    return ServeConfig(check_sockets(cards, "--socket"), poll_us or 0, engine)
 
 
 def _need_one_each(option: str, values: tuple[object, ...], sockets: tuple[Path, ...]) -> None:
