@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import array
 import errno
+import fcntl
 import os
 import socket
+import termios
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Final
 
 import trio
@@ -26,6 +28,9 @@ from protocol.vfio import DmaMapFlags, DmaUnmapFlags
 
 CAPABILITIES: Final[JSON] = {"max_msg_fds": 8, "max_data_xfer_size": 1 << 20}
 """What the peer proposes unless a check wants otherwise: the two that every client mentions."""
+
+SETTLE_S: Final = 0.02
+"""Seconds that a piece of a message may lie in the socket: some servers take none but whole headers."""
 
 Payload = bytes | Record
 
@@ -143,6 +148,12 @@ class Peer:
         """Put bytes on the wire, whatever they are."""
         await self._main.send(data, fds)
 
+    async def settle(self) -> None:
+        """Give the server time to take what was sent, so that the next piece comes by itself."""
+        with trio.move_on_after(SETTLE_S):
+            while fcntl.ioctl(self._main.socket, termios.TIOCOUTQ, bytes(4)) != bytes(4):  # noqa: ASYNC110
+                await trio.sleep(0)  # noqa: ASYNC115
+
     async def receive(self, wanted: str = "a message") -> Message:
         """The next reply; what the server asks for on the way is answered. `HungUp` at the end."""
         found = await self.next(wanted)
@@ -230,12 +241,16 @@ class Peer:
 
     async def turned_down(self, data: bytes, fds: Sequence[int] = (), *, what: str) -> None:
         """Bytes that must not be taken for good: a refusal or a closed connection answers them."""
-        try:
+        wanted = f"a refusal of {what}, or the end"
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._send_what_goes, data, fds)
+            reply = await self.next(wanted)
+            nursery.cancel_scope.cancel()
+        expect(reply is None or reply.refused, wanted, reply)
+
+    async def _send_what_goes(self, data: bytes, fds: Sequence[int]) -> None:
+        with suppress(Failed):
             await self.send(data, fds)
-            reply = await self.next(f"a refusal of {what}, or the end")
-        except HungUp:
-            return
-        expect(reply is None or reply.refused, f"a refusal of {what}, or the end", reply)
 
     async def quiet(self, what: str) -> None:
         """Nothing is on its way: the next message answers the request that is made now."""

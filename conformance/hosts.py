@@ -21,8 +21,14 @@ from conformance.checks import Failed, GoneError
 RETRY_S: Final = 0.01
 """Seconds until a socket that takes no client is tried again: unix sockets cannot be waited for there."""
 
-LAST_BREATH_S: Final = 2.0
-"""Seconds that a started server that closed its socket has to end, before it is taken for alive."""
+LAST_BREATH_S: Final = 1.0
+"""Seconds that a started server has to end, if it ends with its client."""
+
+SHORT_GRACE_S: Final = 0.05
+"""The same for one that has been seen to go on: some end only after clients that were refused."""
+
+POLL_S: Final = 0.001
+"""Seconds between two looks at a process that may end."""
 
 
 class Host(Protocol):
@@ -89,10 +95,13 @@ class Started:
         self.patience = patience
         self._words = [word.replace("{socket}", os.fspath(path)) for word in shlex.split(command)]
         self._process: subprocess.Popen[bytes] | None = None
+        self._was_open = False
+        self._grace = LAST_BREATH_S
 
     async def begin(self) -> None:
         """Start it; `GoneError` if there is no such program."""
         self.path.unlink(missing_ok=True)
+        self._was_open = False
         try:
             self._process = subprocess.Popen(  # noqa: ASYNC220
                 self._words,
@@ -105,24 +114,26 @@ class Started:
             raise GoneError(f"{self._words[0]}: {error.strerror}") from None
 
     async def open(self) -> socket.socket:
-        """See `Host.open`; a server that ended is started again."""
+        """See `Host.open`; a server that ended with its last client is started again."""
+        if self._was_open and not await self._ends(self._grace):
+            # It went on without its client, and so will most of the time: no more is waited for long.
+            self._grace = SHORT_GRACE_S
         deadline = trio.current_time() + self.patience
         while True:
-            connected = _connect(self.path)
-            if isinstance(connected, socket.socket):
-                return connected
             if self._status() is not None:
                 await self.ended()
                 await self.begin()
-            elif trio.current_time() > deadline:
+            connected = _connect(self.path)
+            if isinstance(connected, socket.socket):
+                self._was_open = True
+                return connected
+            if trio.current_time() > deadline:
                 raise Failed("a server that accepts", f"no room for a client within {self.patience:g} s")
             await trio.sleep(RETRY_S)
 
     async def ended(self) -> bool:
         """See `Host.ended`."""
-        with trio.move_on_after(LAST_BREATH_S):
-            while self._status() is None and isinstance(_refused(self.path), OSError):  # noqa: ASYNC110
-                await trio.sleep(RETRY_S)
+        await self._ends(LAST_BREATH_S)
         status = self._status()
         if status is not None and status < 0:
             raise Failed("a server that lives", f"its death of {signal.Signals(-status).name}")
@@ -137,6 +148,13 @@ class Started:
             self._process = None
         self.path.unlink(missing_ok=True)
 
+    async def _ends(self, seconds: float) -> bool:
+        """Whether it ends in this time."""
+        with trio.move_on_after(seconds):
+            while self._status() is None:  # noqa: ASYNC110  nobody tells but the kernel, when asked
+                await trio.sleep(POLL_S)
+        return self._status() is not None
+
     def _status(self) -> int | None:
         return self._process.poll() if self._process else None
 
@@ -150,12 +168,3 @@ def _connect(path: Path) -> socket.socket | OSError | None:
         made.close()
         return None if error.errno == errno.EAGAIN else error
     return made
-
-
-def _refused(path: Path) -> OSError | None:
-    """Why nobody can be connected to, None if somebody can."""
-    connected = _connect(path)
-    if isinstance(connected, socket.socket):
-        connected.close()
-        return None
-    return connected

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-import trio
-
 from conformance._device import scratch, scratch_read, scratch_write
 from conformance._memory import IOVA, PAGE, Memory
 from conformance._messages import message, version
@@ -83,6 +81,7 @@ async def byte_by_byte(server: Server) -> None:
     async with server.session() as peer:
         for byte in message(Command.DEVICE_GET_INFO, ASK, message_id=5):
             await peer.send(bytes([byte]))
+            await peer.settle()
         await peer.reply_to(Command.DEVICE_GET_INFO, 5)
 
 
@@ -93,7 +92,7 @@ async def cut_anywhere(server: Server) -> None:
     async with server.session() as peer:
         for cut in range(1, len(whole)):
             await peer.send(whole[:cut])
-            await trio.lowlevel.checkpoint()
+            await peer.settle()
             await peer.send(whole[cut:])
             await peer.reply_to(Command.DEVICE_GET_INFO, 5)
 
@@ -122,6 +121,7 @@ async def descriptor_of_a_cut_message(server: Server) -> None:
         whole = message(Command.DMA_MAP, _window(memory, IOVA), message_id=6)
         for cut in (16, 17, len(whole) - 1):
             await peer.send(whole[:cut], [memory.fd])
+            await peer.settle()
             await peer.send(whole[cut:])
             reply = await peer.reply_to(Command.DMA_MAP, 6)
             expect(not reply.refused, f"that DMA_MAP cut at {cut} is granted", reply)

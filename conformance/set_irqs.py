@@ -299,6 +299,9 @@ async def range_wraps(server: Server) -> None:
         for flags, data in ((NONE | TRIGGER, b""), (EVENTFD | TRIGGER, b""), (BOOL | TRIGGER, bytes(2))):
             wrapping = body(flags, irq, 0xFFFFFFFF, 2, data)
             await peer.refused(SET_IRQS, wrapping, what=f"2 interrupts from 0xffffffff with {flags!r}")
+        fds = [peer.eventfd(), peer.eventfd()]
+        wrapping = body(EVENTFD | TRIGGER, irq, 0xFFFFFFFF, 2)
+        await peer.refused(SET_IRQS, wrapping, fds, what="2 eventfds from 0xffffffff")
 
 
 @section.check(SHOULD)

@@ -211,6 +211,7 @@ async def in_pieces(server: Server) -> None:
     async with server.connect() as peer:
         for byte in message(Command.VERSION, version(CAPABILITIES), message_id=9):
             await peer.send(bytes([byte]))
+            await peer.settle()
         answer = await peer.reply_to(Command.VERSION, 9)
         expect(not answer.refused, "that VERSION is agreed to", answer)
 
