@@ -1,43 +1,18 @@
-from device._gate import Gate
-from device.dma._windows import DmaWindows
-from device.interrupts._lines import Lines
-from device.virtio._split import VirtQueue
-from firmware._filter import ReceiveFilter
+from collections.abc import Callable
 
-BURST: int
+from firmware._bursts import Bursts
 
-class DataPath:
-    mergeable: bool
-    checksum_to_driver: bool
-    running: bool
-    link_up: bool
+class DataPath(Bursts):
     bus_master: bool
     poll_ns: int
-    @property
-    def gate(self) -> Gate: ...
-    @property
-    def dma(self) -> DmaWindows: ...
-    @property
-    def lines(self) -> Lines: ...
-    @property
-    def rx(self) -> VirtQueue: ...
-    @property
-    def tx(self) -> VirtQueue: ...
-    @property
-    def filter(self) -> ReceiveFilter: ...
+    def save(self) -> bytes: ...
+    def stage(self, data: bytes) -> Callable[[], None]: ...
     @property
     def port_lost(self) -> bool: ...
     @property
     def event_fd(self) -> int: ...
-    def __init__(
-        self,
-        gate: Gate,
-        dma: DmaWindows,
-        lines: Lines,
-        rx: VirtQueue,
-        tx: VirtQueue,
-        filter: ReceiveFilter,  # noqa: A002
-    ) -> None: ...
+    @property
+    def doorbell_fds(self) -> tuple[int, int, int]: ...
     def attach(self, fd: int, framing: int, vnet_header_size: int) -> None: ...
     def detach(self) -> None: ...
     def start(

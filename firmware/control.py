@@ -7,7 +7,8 @@ import logging
 from collections.abc import Callable
 
 from device.errors import DeviceError
-from device.virtio._split import DescriptorChain, VirtQueue
+from device.virtio._split import VirtQueue
+from device.virtio.chain import DescriptorChain
 from device.virtio.net import Ack, ControlClass, MacCommand, RxCommand
 from firmware._filter import ReceiveFilter
 

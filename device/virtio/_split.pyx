@@ -6,19 +6,37 @@ own memory and checked there; what does not hold breaks this queue, `fault` says
 Indices are single aligned loads and stores: acquire on avail.idx, release on used.idx, a full fence where
 event index needs one.
 
-Callers hold the card's gate.
+Rings that are not in this process in one piece, because the client has to be asked for them or because they
+lie in several mappings, are worked on in copies: what is available and its descriptors are fetched for a
+burst at once, completions are collected and written at its end. Asking lets the gate go, and the queue may
+have been reset before the answer came. Then nothing has happened (DISTURBED): what was popped of a queue
+that still is the same is given back or completed later, and of any other it is forgotten.
+
+Callers hold the card's gate, and are one at a time for each queue.
 """
 
 import errno
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memmove
 from posix.uio cimport iovec
 
 from device._atomic cimport fence, load16_acquire, load16_relaxed, store16_relaxed, store16_release
-from device.dma._windows cimport DMA_READ, DMA_WRITE, FAULT_NONE, DmaWindows
+from device.dma._windows cimport (
+    DMA_READ,
+    DMA_WRITE,
+    FAULT_DISTURBED,
+    FAULT_GONE,
+    FAULT_MESSAGE_ONLY,
+    FAULT_NONE,
+    FAULT_REFUSED,
+    DmaWindows,
+)
 
 from device.errors import DeviceError
+from device.virtio.chain import DescriptorChain
+from device.virtio.faults import FAULTS
 
 
 cdef enum:
@@ -39,19 +57,6 @@ cdef packed struct Descriptor:
 MAX_QUEUE_SIZE = 32768      # virtio 1.3, 2.7
 MAX_CHAIN = MAX_SEGMENTS    # descriptors in a chain: UIO_MAXIOV, what readv and writev take
 
-# Why a queue is broken, by the number the walker returns.
-FAULTS = {
-    1: "avail.idx is more than the queue size ahead",
-    2: "a descriptor index is beyond the table",
-    3: "a chain is longer than its table: it loops",
-    4: "a device-readable descriptor follows a device-writable one",
-    5: "an indirect descriptor was not negotiated, has a successor, or is nested",
-    6: "an indirect table is empty, too long, or not a multiple of 16 bytes",
-    7: "an indirect table is not in a readable DMA window",
-    8: "a buffer is not in a DMA window that allows the access",
-    9: "a chain of buffers is empty or holds more than 4 GiB",
-}
-
 
 cdef class VirtQueue:
     """Queue `index` of a device, at most `max_size` (a power of two) descriptors deep."""
@@ -64,18 +69,21 @@ cdef class VirtQueue:
         self.max_size = max_size
         self.reset()
 
+    def __dealloc__(self):
+        free(self._copies)
+
     def reset(self):
         """Forget the driver's rings and every index."""
+        self._changed()
         self.size = self.max_size
         self.enabled = False
         self._fault = 0
         self.vector = 0xFFFF
         self.descriptor_address = self.driver_address = self.device_address = 0
         self.event_index = self.indirect = False
-        self.last_avail = self.used_index = 0
-        self._generation = 0
-        self._descriptors = NULL
-        self._signalled_valid = False
+        self.next_avail = self.used_index = 0
+        self.owed_count = 0
+        self.unpublished = False
 
     def enable(self, uint16_t size, uint64_t descriptors, uint64_t driver, uint64_t device, *,
                bint event_index=False, bint indirect=False):
@@ -90,22 +98,49 @@ cdef class VirtQueue:
             raise DeviceError(
                 errno.EINVAL,
                 f"queue {self.index}: rings at {descriptors:#x}, {driver:#x}, {device:#x} are not aligned")
+        self._changed()
         self.size = size
         self.descriptor_address, self.driver_address, self.device_address = descriptors, driver, device
         self.event_index, self.indirect = event_index, indirect
         self._fault = 0
-        self._generation = 0
-        self._signalled_valid = False
         self.enabled = True
 
     def disable(self):
         """Stop looking at the rings; the indices stay for whoever saves them."""
+        self._changed()
         self.enabled = False
 
-    def restore(self, uint16_t last_avail, uint16_t used_index):
-        """Continue where another device left off."""
-        self.last_avail, self.used_index = last_avail, used_index
+    def restore(self, uint16_t last_avail, uint16_t used_index, int fault=0):
+        """Continue where another device left off, broken if it was; the driver is interrupted once for it.
+
+        ValueError for a fault that is none.
+        """
+        if fault and fault not in FAULTS:
+            raise ValueError(f"queue {self.index}: fault {fault}")
+        self._changed()
+        self.next_avail, self.used_index = last_avail, used_index
+        self.owed_count = 0
+        self._fault = fault
+        self.unpublished = True
+
+    cdef void _changed(self) noexcept:
+        """Whoever waits for the client on this queue's behalf is to leave it alone."""
+        self.give_back()
+        self.epoch += 1
+        self.dma.disturb()
+        self._generation = 0
+        self._descriptors = NULL
         self._signalled_valid = False
+
+    @property
+    def last_avail(self):
+        """The index of the first chain that is not completed: where another device has to go on."""
+        return <uint16_t> (self.next_avail - self._popped - self.owed_count)
+
+    @property
+    def fault_number(self):
+        """The key of `fault` in FAULTS, or 0."""
+        return self._fault
 
     @property
     def fault(self):
@@ -120,46 +155,130 @@ cdef class VirtQueue:
         if self._generation == self.dma.generation and self._generation != 0:
             return self._descriptors != NULL
         self._generation = self.dma.generation
+        self._copied = False
         self._descriptors = self.dma.contiguous(self.descriptor_address, 16 * size, DMA_READ)
         self._avail = <uint16_t *> self.dma.contiguous(self.driver_address, 6 + 2 * size, DMA_READ)
         self._used = <uint16_t *> self.dma.contiguous(self.device_address, 6 + 8 * size, DMA_WRITE)
-        if self._avail == NULL or self._used == NULL:
-            self._descriptors = NULL
+        if self._descriptors == NULL or self._avail == NULL or self._used == NULL:
+            self._copied = (self.dma.covers(self.descriptor_address, 16 * size, DMA_READ)
+                            and self.dma.covers(self.driver_address, 6 + 2 * size, DMA_READ)
+                            and self.dma.covers(self.device_address, 6 + 8 * size, DMA_WRITE)
+                            and self._use_copies())
+            if not self._copied:
+                self._descriptors = NULL
         return self._descriptors != NULL
+
+    cdef bint _use_copies(self) noexcept nogil:
+        if self._copies == NULL:
+            self._copies = <uint8_t *> malloc(16 * <size_t> self.max_size + 4 + 2 * <size_t> self.max_size)
+        self._descriptors = self._copies
+        self._avail = <uint16_t *> (self._copies + 16 * <size_t> self.max_size)
+        self._fetched = self.next_avail
+        return self._copies != NULL
 
     cdef bint ready(self) noexcept nogil:
         return self.enabled and self._fault == 0 and self.resolve()
 
-    cdef uint16_t available(self) noexcept nogil:
-        """avail.idx as it is now; it differs from `last_avail` when chains wait. The queue must be ready."""
-        return load16_acquire(&self._avail[1])
+    cdef int _ring_failed(self, int fault) noexcept nogil:
+        """A ring could not be reached: BROKEN, or DISTURBED and it is looked for again."""
+        if fault <= FAULT_REFUSED:
+            return self.failed(fault, 10)
+        self._generation = 0
+        return DISTURBED
+
+    cdef int failed(self, int fault, int number) noexcept nogil:
+        """What a FAULT of a copy means: BROKEN, with this fault of the queue, or DISTURBED."""
+        if fault == FAULT_DISTURBED or fault == FAULT_GONE:
+            return DISTURBED
+        if self._fault == 0:
+            self._fault = number
+        return BROKEN
+
+    cdef int _load16(self, uint64_t address, uint16_t *value) noexcept nogil:
+        """One of a ring's words, never half of it; a FAULT."""
+        cdef uint8_t *where
+        cdef uint64_t run
+        if self.dma.span(address, 2, DMA_READ, &where, &run) != FAULT_NONE:
+            return self.dma.copy_in(value, address, 2)
+        value[0] = load16_acquire(<uint16_t *> where)
+        return FAULT_NONE
+
+    cdef int _store16(self, uint64_t address, uint16_t value) noexcept nogil:
+        """Set one of a ring's words after all that was written before; a FAULT."""
+        cdef uint8_t *where
+        cdef uint64_t run
+        if self.dma.span(address, 2, DMA_WRITE, &where, &run) != FAULT_NONE:
+            return self.dma.copy_out(address, &value, 2)
+        store16_release(<uint16_t *> where, value)
+        return FAULT_NONE
+
+    # --- chains
+
+    cdef int _fetch(self) noexcept nogil:
+        """Copy avail.idx, what became available since the last time, and the descriptors."""
+        cdef uint16_t index = 0, ready, at, part
+        cdef int fault = self._load16(self.driver_address + 2, &index)
+        ready = index - self.next_avail
+        if fault == FAULT_NONE and index != self._fetched and ready <= self.size:
+            at = self.next_avail & (self.size - 1)
+            part = min(ready, <uint16_t> (self.size - at))
+            fault = self.dma.copy_in(&self._avail[2 + at], self.driver_address + 4 + 2 * at, 2 * part)
+            if fault == FAULT_NONE and part < ready:
+                fault = self.dma.copy_in(&self._avail[2], self.driver_address + 4, 2 * (ready - part))
+            if fault == FAULT_NONE:
+                fault = self.dma.copy_in(
+                    self._descriptors, self.descriptor_address, 16 * <uint64_t> self.size)
+        if fault != FAULT_NONE:
+            return self._ring_failed(fault)
+        self._fetched = self._avail[1] = index
+        return 0
+
+    cdef int available(self, uint16_t *index) noexcept nogil:
+        """avail.idx, which differs from `next_avail` when chains wait: 0, BROKEN, DISTURBED.
+
+        The queue must be ready. In a copy it may be older than the last look.
+        """
+        cdef int got = 0
+        if self._copied and self._fetched == self.next_avail:
+            got = self._fetch()
+        if got == 0:
+            index[0] = load16_acquire(&self._avail[1])
+        return got
 
     cdef int pop_chain(self, Chain *chain) noexcept nogil:
-        """Take the next chain: 1 and `chain` filled, 0 when there is none, -1 when the queue is broken."""
+        """Take the next chain: 1 and `chain` filled, 0 when there is none, BROKEN, DISTURBED."""
         cdef uint16_t avail, head
+        cdef int got
         if not self.ready():
-            return -1 if self._fault else 0
-        avail = load16_acquire(&self._avail[1])
-        if avail == self.last_avail:
+            return BROKEN if self._fault else 0
+        got = self.available(&avail)
+        if got < 0:
+            return got
+        if avail == self.next_avail:
             return 0
-        if <uint16_t> (avail - self.last_avail) > self.size:
+        if <uint16_t> (avail - self.next_avail) > self.size:
             self._fault = 1
-            return -1
-        head = load16_relaxed(&self._avail[2 + (self.last_avail & (self.size - 1))])
-        self._fault = self._walk(chain, head)
-        if self._fault:
-            return -1
-        self.last_avail += 1
+            return BROKEN
+        head = load16_relaxed(&self._avail[2 + (self.next_avail & (self.size - 1))])
+        got = self._walk(chain, head)
+        if got:
+            return self.failed(got, got)
+        self.next_avail += 1
+        self._popped += 1
         return 1
 
-    cdef void unpop_chains(self, uint16_t count) noexcept nogil:
-        """Give back the `count` chains popped last; they will be popped again."""
-        self.last_avail -= count
+    cdef void give_back(self) noexcept nogil:
+        """Give back what was popped and not pushed; it will be popped again."""
+        self.next_avail -= self._popped
+        self._popped = 0
+        self._fetched = self.next_avail
 
     cdef int _walk(self, Chain *chain, uint16_t head) noexcept nogil:
+        """Read a chain: 0, the number of a fault, or what kept an indirect table from being copied."""
         cdef Descriptor d
+        cdef int fault
         cdef bint indirect = False
-        cdef uint64_t table = 0             # address of the indirect table, once in it; any may be, zero too
+        cdef const uint8_t *table = self._descriptors
         cdef uint32_t limit = self.size     # entries in the table walked
         cdef uint32_t index = head
         cdef uint32_t steps = 0
@@ -172,18 +291,20 @@ cdef class VirtQueue:
             if steps >= limit:
                 return 3
             steps += 1
-            if indirect:
-                if self.dma.copy_in(&d, table + 16 * index, 16) != FAULT_NONE:
-                    return 7
-            else:
-                memcpy(&d, self._descriptors + 16 * index, 16)
+            memcpy(&d, table + 16 * index, 16)
             if d.flags & DESC_F_INDIRECT:
                 if indirect or not self.indirect or d.flags & DESC_F_NEXT:
                     return 5
                 if d.length == 0 or d.length & 15 or d.length // 16 > MAX_SEGMENTS:
                     return 6
                 indirect = True
-                table, limit, index, steps = d.address, d.length // 16, 0, 0
+                limit, index, steps = d.length // 16, 0, 0
+                table = self.dma.contiguous(d.address, d.length, DMA_READ)
+                if table == NULL:
+                    table = self._table
+                    fault = self.dma.copy_in(self._table, d.address, d.length)
+                    if fault != FAULT_NONE:
+                        return fault if fault == FAULT_DISTURBED or fault == FAULT_GONE else 7
                 continue
             if d.length:
                 if chain.segments >= MAX_SEGMENTS:
@@ -208,118 +329,185 @@ cdef class VirtQueue:
                         iovec *out, int room) noexcept nogil:
         """Turn segments first..last-1 into at most `room` pieces of memory.
 
-        Returns the number of pieces, or -1 and the queue is broken.
+        Returns the number of pieces, or BROKEN, or NOT_HERE.
         """
-        cdef int i, used = 0
+        cdef int i, fault, used = 0
         cdef uint64_t done, run
         cdef uint8_t *where
         for i in range(first, last):
             done = 0
             while done < chain.segment[i].length:
-                if (used == room or chain.segment[i].address + done < done
-                        or self.dma.span(chain.segment[i].address + done, chain.segment[i].length - done,
-                                         prot, &where, &run) != FAULT_NONE):
+                if used == room or chain.segment[i].address + done < done:
                     self._fault = 8
-                    return -1
+                    return BROKEN
+                fault = self.dma.span(chain.segment[i].address + done, chain.segment[i].length - done,
+                                      prot, &where, &run)
+                if fault == FAULT_MESSAGE_ONLY:
+                    return NOT_HERE
+                if fault != FAULT_NONE:
+                    self._fault = 8
+                    return BROKEN
                 out[used].iov_base = where
                 out[used].iov_len = run
                 used += 1
                 done += run
         return used
 
+    # --- completions
+
     cdef void push_used(self, uint16_t head, uint32_t written) noexcept nogil:
-        """Hand a chain back; the driver sees it at the next publish()."""
-        cdef uint32_t *entry = <uint32_t *> &self._used[2] + 2 * (self.used_index & (self.size - 1))
+        """Hand a chain back; the driver sees it at the next complete().
+
+        Always succeeds, whatever became of the rings. At most OWED_ROOM between two completes.
+        """
+        cdef uint32_t *entry
+        if self._popped:
+            self._popped -= 1
+        self.unpublished = True
+        if self._copied or self.owed_count or self._generation != self.dma.generation:
+            self.owe(head, written)
+            return
+        entry = <uint32_t *> &self._used[2] + 2 * (self.used_index & (self.size - 1))
         entry[0] = head
         entry[1] = written
         self.used_index += 1
 
-    cdef void publish(self) noexcept nogil:
-        store16_release(&self._used[1], self.used_index)
+    cdef void owe(self, uint16_t head, uint32_t written) noexcept nogil:
+        """Keep a completion until it can be written."""
+        if self.owed_count < OWED_ROOM:
+            self.owed[self.owed_count] = Used(head, written)
+            self.owed_count += 1
+        self.unpublished = True
 
-    cdef bint wants_interrupt(self) noexcept nogil:
-        """Whether the driver wants to be told of what was published since this was last asked (2.7.7)."""
-        cdef uint16_t event, previous = self._signalled
-        cdef bint known = self._signalled_valid
+    cdef int complete(self) noexcept nogil:
+        """Let the driver see what was pushed: 1 when it wants an interrupt, 0, BROKEN, DISTURBED.
+
+        What could not be shown is `unpublished` still, and shown by the next call.
+        """
+        cdef uint16_t word
+        if not self.unpublished or not self.enabled or not self.resolve():
+            return 0
+        if self._copied or self.owed_count:
+            return self._complete_by_copies()
+        self.unpublished = False
+        store16_release(&self._used[1], self.used_index)
         fence()
+        word = load16_relaxed(&self._avail[2 + self.size if self.event_index else 0])
+        return self._interrupt_due(word)
+
+    cdef int _complete_by_copies(self) noexcept nogil:
+        cdef uint16_t at, part, word = 0
+        cdef int fault = FAULT_NONE
+        while self.owed_count and fault == FAULT_NONE:
+            at = self.used_index & (self.size - 1)
+            part = min(self.owed_count, <uint32_t> (self.size - at))
+            fault = self.dma.copy_out(self.device_address + 4 + 8 * at, self.owed, 8 * part)
+            if fault == FAULT_NONE:
+                self.used_index += part
+                self.owed_count -= part
+                memmove(self.owed, self.owed + part, self.owed_count * sizeof(Used))
+        if fault == FAULT_NONE:
+            fault = self._store16(self.device_address + 2, self.used_index)
+        fence()
+        if fault == FAULT_NONE:
+            fault = self._load16(self.driver_address + (4 + 2 * self.size if self.event_index else 0), &word)
+        if fault != FAULT_NONE:
+            return self._ring_failed(fault)
+        self.unpublished = False
+        return self._interrupt_due(word)
+
+    cdef bint _interrupt_due(self, uint16_t word) noexcept nogil:
+        """Whether the driver wants to be told of what was published since this was last asked (2.7.7).
+
+        `word` is its used_event, or its flags.
+        """
+        cdef uint16_t previous = self._signalled
+        cdef bint known = self._signalled_valid
         if not self.event_index:
-            return not load16_relaxed(&self._avail[0]) & AVAIL_F_NO_INTERRUPT
+            return not word & AVAIL_F_NO_INTERRUPT
         self._signalled = self.used_index
         self._signalled_valid = True
-        event = load16_relaxed(&self._avail[2 + self.size])
-        return not known or <uint16_t> (self.used_index - event - 1) < <uint16_t> (self.used_index - previous)
+        return not known or <uint16_t> (self.used_index - word - 1) < <uint16_t> (self.used_index - previous)
 
-    cdef bint wants_kicks(self, uint16_t seen) noexcept nogil:
-        """Ask for a notification once avail.idx moves on from `seen`; True when it has already."""
+    # --- kicks
+
+    cdef int wants_kicks(self, uint16_t seen) noexcept nogil:
+        """Ask for a notification once avail.idx moves on from `seen`.
+
+        1 when it has already, 0, BROKEN, DISTURBED.
+        """
+        cdef uint16_t index = 0
+        cdef int fault
+        if self._copied:
+            fault = self._store16(self.device_address + (4 + 8 * self.size if self.event_index else 0),
+                                  seen if self.event_index else 0)
+            fence()
+            if fault == FAULT_NONE:
+                fault = self._load16(self.driver_address + 2, &index)
+            return index != seen if fault == FAULT_NONE else self._ring_failed(fault)
         if self.event_index:
             store16_relaxed(&self._used[2 + 4 * self.size], seen)
         else:
             store16_relaxed(&self._used[0], 0)
         fence()
-        return self.available() != seen
+        return load16_acquire(&self._avail[1]) != seen
 
     cdef void refuses_kicks(self) noexcept nogil:
-        """Ask for silence; a driver with event index keeps it by itself while avail_event stays behind."""
-        if not self.event_index:
+        """Ask for silence; a driver with event index keeps it by itself while avail_event stays behind.
+
+        Not worth a message to the client.
+        """
+        if not self.event_index and not self._copied:
             store16_relaxed(&self._used[0], USED_F_NO_NOTIFY)
 
     # --- the same for Python: control queues, prototypes and tests
 
     def pop(self):
-        """The next available chain as a DescriptorChain, or None; DeviceError(EIO): the queue is broken."""
-        cdef int got = self.pop_chain(&self._chain)
-        if got < 0:
-            raise DeviceError(errno.EIO, f"queue {self.index} is broken: {self.fault}")
+        """The next available chain as a DescriptorChain, or None.
+
+        DeviceError: EIO when the queue is broken; ECANCELED when the card changed while the client was asked
+        for the rings.
+        """
+        cdef int got = self._checked(self.pop_chain(&self._chain))
         if got == 0:
             return None
         cdef Chain *c = &self._chain
         segments = [(c.segment[i].address, c.segment[i].length) for i in range(c.segments)]
-        return DescriptorChain(self, c.head, segments[:c.readable], segments[c.readable:])
+        return DescriptorChain(self.dma, self.epoch, c.head, segments[:c.readable], segments[c.readable:])
 
     def push(self, chain, uint32_t written=0):
-        """Hand `chain` back with `written` bytes in it; returns whether the driver wants an interrupt."""
-        if not self.ready():
+        """Hand `chain` back with `written` bytes in it; returns whether the driver wants an interrupt.
+
+        A chain of rings that the driver has taken away since is forgotten. DeviceError as for `pop`; with
+        ECANCELED the chain is handed back by the next push or settle. ENOBUFS when too many wait for that.
+        """
+        if chain.epoch != self.epoch or not self.enabled or self._fault:
             return False
+        if self.owed_count == OWED_ROOM:
+            raise DeviceError(errno.ENOBUFS, f"queue {self.index}: {OWED_ROOM} chains wait for the rings")
         self.push_used(chain.head, written)
-        self.publish()
-        return self.wants_interrupt()
+        return self.settle()
+
+    def settle(self):
+        """Let the driver see what could not be shown when it was pushed; returns and raises as `push`."""
+        return bool(self._checked(self.complete()))
+
+    def give_chains_back(self):
+        """Forget every chain that was popped and not pushed: they will be popped again."""
+        self.give_back()
+
+    def _checked(self, int got):
+        if got == BROKEN:
+            raise DeviceError(errno.EIO, f"queue {self.index} is broken: {self.fault}")
+        if got == DISTURBED:
+            raise DeviceError(errno.ECANCELED, f"queue {self.index}: the card changed meanwhile")
+        return got
 
     def enable_kicks(self):
-        """Ask for notifications; returns whether a chain is available already."""
-        return self.wants_kicks(self.last_avail) if self.ready() else False
+        """Ask for notifications; returns whether a chain is available already. DeviceError as for `pop`."""
+        return bool(self._checked(self.wants_kicks(self.next_avail))) if self.ready() else False
 
     def disable_kicks(self):
         """Ask for no notifications."""
         if self.ready():
             self.refuses_kicks()
-
-
-class DescriptorChain:
-    """A popped chain: `readable` and `writable` are its segments as (address, length).
-
-    Every access goes through the DMA windows of that moment, so a chain may be held while windows change.
-    """
-
-    __slots__ = ("_dma", "head", "readable", "writable")
-
-    def __init__(self, VirtQueue queue, int head, list readable, list writable):
-        self._dma = queue.dma
-        self.head = head
-        self.readable = readable
-        self.writable = writable
-
-    def read(self):
-        """All device-readable bytes; raises DeviceError(EFAULT) when they are not in DMA windows."""
-        return b"".join(self._dma.read(address, length) for address, length in self.readable)
-
-    def write(self, data):
-        """Fill the device-writable segments with `data`; returns the number of bytes that fitted."""
-        view = memoryview(data)
-        done = 0
-        for address, length in self.writable:
-            part = view[done:done + length]
-            if not len(part):
-                break
-            self._dma.write(address, part)
-            done += len(part)
-        return done

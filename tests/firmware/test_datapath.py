@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from device._gate import Gate
 from device.dma import DmaWindows
 from device.interrupts._lines import MODE_MSIX, Lines
-from device.virtio._split import FAULTS, VirtQueue
+from device.virtio._split import VirtQueue
+from device.virtio.faults import FAULTS
 from firmware._cable import LOOPBACK_BUFFER
-from firmware._datapath import BURST, DataPath
+from firmware._bursts import BURST
+from firmware._datapath import DataPath
 from firmware._filter import ReceiveFilter
 from firmware.ports._port import MAX_FRAME
 from tests.device.driver_side import DriverRing, GuestMemory

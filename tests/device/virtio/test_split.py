@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from device.dma import DmaWindows
 from device.errors import DeviceError
-from device.virtio._split import FAULTS, MAX_CHAIN, MAX_QUEUE_SIZE, VirtQueue
+from device.virtio._split import MAX_CHAIN, MAX_QUEUE_SIZE, VirtQueue
+from device.virtio.faults import FAULTS
 from tests.device.driver_side import INDIRECT, NEXT, WRITE, DriverRing, GuestMemory, guest_memory
 
 
