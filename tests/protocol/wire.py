@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from protocol import Connection, Negotiated, Overrides, Role
+from protocol import Connection, Negotiated, Overrides, Refused, Request, Role
 
 VERSION, DMA_MAP, DMA_UNMAP, GET_INFO, REGION_INFO, IRQ_INFO, SET_IRQS = 1, 2, 3, 4, 5, 7, 8
 REGION_READ, REGION_WRITE, DMA_READ, DMA_WRITE, RESET = 9, 10, 11, 12, 13
@@ -67,3 +67,16 @@ def ready_client(
     (event,) = client.receive(message(message_id, VERSION, payload, flags=REPLY), fds)
     assert isinstance(event, Negotiated)
     return client
+
+
+def refused(payload: bytes, command: int, fds: tuple[int, ...] = ()) -> Refused:
+    """The refusal of a request, after which the server still serves."""
+    server = ready_server()
+    (refusal,) = server.receive(message(3, command, payload), fds)
+    (after,) = server.receive(read_request(4, 7, 0, 4))
+    assert isinstance(refusal, Refused)
+    assert isinstance(after, Request)
+    assert refusal.fds == fds
+    errno = refusal.errno
+    assert server.error(refusal, errno) == message(3, command, flags=REPLY | ERROR, error=errno)
+    return refusal
