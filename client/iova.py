@@ -34,7 +34,7 @@ class IovaSpace:
                 raise ClientError(f"I/O addresses {at:#x}+{length:#x} are in use")
             insort(self._used, (at, at + length))
             return at
-        start = FIRST
+        start = -(-FIRST // align) * align
         for used, end in self._used:
             if start + length <= used:
                 break

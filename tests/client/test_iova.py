@@ -41,3 +41,10 @@ def test_no_two_ranges_overlap(wanted: list[tuple[int, int]], data: st.DataObjec
         held.append((start, length))
         if data.draw(st.booleans()):
             space.give(*held.pop(data.draw(st.integers(0, len(held) - 1))))
+
+
+def test_large_pages_are_aligned_to_themselves() -> None:
+    space = IovaSpace()
+    assert space.take(1 << 30, align=1 << 30) == 1 << 30
+    assert space.take(1 << 30, align=1 << 30) == 2 << 30
+    assert space.take(1 << 30, align=1 << 30) == 4 << 30, "the hole below 4 GiB is in the way"

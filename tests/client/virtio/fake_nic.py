@@ -14,6 +14,7 @@ import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from errno import EINVAL
 
 import client
 from client._nursery import background
@@ -83,11 +84,13 @@ class FakeNic:
         queue_size: int = 64,
         vectors: int = 4,
         doorbell_fd: int = -1,
+        doorbell_events: tuple[int, ...] = (),
     ) -> None:
         self.offered_features = sum(1 << bit for bit in features)
         self.max_size = queue_size
         self.vectors = vectors
         self.doorbell_fd = doorbell_fd
+        self.doorbell_events = doorbell_events
         self.config = config_space()
         self.mac, self.link, self.mtu = bytes.fromhex("020000000001"), 1, 1500
         self.commands: list[tuple[int, int, bytes]] = []
@@ -352,6 +355,20 @@ class FakeNic:
             case wire.SET_IRQS:
                 self.set_irqs(message)
                 reply = b""
+            case wire.IO_FDS if not self.doorbell_events:
+                peer.refuse(message, EINVAL)
+                return
+            case wire.IO_FDS:
+                entries = b"".join(
+                    struct.pack("=QQIIIIQ", NOTIFY + 4 * queue, 2, queue, 0, 0, 0, 0)
+                    for queue in range(len(self.doorbell_events))
+                )
+                peer.reply(
+                    message,
+                    struct.pack("=IIII", 16 + len(entries), 0, 0, len(self.doorbell_events)) + entries,
+                    self.doorbell_events,
+                )
+                return
             case _:
                 raise AssertionError(message)
         if not message.flags & wire.NO_REPLY:

@@ -278,6 +278,66 @@ async def test_the_doorbell_is_a_store_where_it_is_mapped() -> None:
     os.close(fd)
 
 
+async def test_the_doorbell_is_a_message_when_told_so_even_where_it_is_mapped() -> None:
+    fd = os.memfd_create("bar")
+    os.truncate(fd, 0x4000)
+    nic = FakeNic(doorbell_fd=fd)
+    async with driving(nic, doorbells="message") as driver:
+        await driver.send(b"x" * 60)
+        assert await driver.receive() == b"x" * 60
+        while TX not in nic.doorbells:
+            await trio.testing.wait_all_tasks_blocked()
+    os.close(fd)
+
+
+async def test_the_doorbell_is_an_eventfd_when_told_so() -> None:
+    events = tuple(os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3))
+    before = open_fds()
+    nic = FakeNic(doorbell_events=events)
+    async with driving(nic, doorbells="eventfd") as driver:
+        os.eventfd_read(events[RX])
+        await driver.send(b"x" * 60)
+        assert os.eventfd_read(events[TX]) == 1
+        assert nic.doorbells == []
+        nic.pump()
+        assert await driver.receive() == b"x" * 60
+    assert open_fds() == before
+    for event in events:
+        os.close(event)
+
+
+async def test_a_full_eventfd_neither_blocks_nor_fails_the_driver() -> None:
+    events = tuple(os.eventfd(0) for _ in range(3))
+    nic = FakeNic(doorbell_events=events)
+    async with driving(nic, doorbells="eventfd") as driver:
+        os.eventfd_write(events[TX], 0xFFFF_FFFF_FFFF_FFFE)
+        await driver.send(b"x" * 60)
+        nic.pump()
+        assert await driver.receive() == b"x" * 60
+    for event in events:
+        os.close(event)
+
+
+async def test_doorbells_that_have_no_eventfd_are_refused() -> None:
+    with pytest.raises(client.ServerError, match="DEVICE_GET_REGION_IO_FDS"):
+        async with driving(FakeNic(), doorbells="eventfd"):
+            pass
+    event = os.eventfd(0)
+    with pytest.raises(client.DeviceError, match="doorbell of queue 1 has no eventfd"):
+        async with driving(FakeNic(doorbell_events=(event,)), doorbells="eventfd"):
+            pass
+    os.close(event)
+
+
+async def test_a_pipe_is_no_doorbell() -> None:
+    reader, writer = os.pipe()
+    with pytest.raises(client.DeviceError, match="doorbell of queue 0 has no eventfd"):
+        async with driving(FakeNic(doorbell_events=(writer, writer, writer)), doorbells="eventfd"):
+            pass
+    os.close(reader)
+    os.close(writer)
+
+
 # control
 
 
