@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
@@ -19,19 +20,30 @@ __all__ = ["serve"]
 log = logging.getLogger("trionic.server")
 
 
+class Stay(Protocol):
+    """A client's stay on a card."""
+
+    async def run(self) -> None:
+        """Serve until the client leaves; raises nothing because of what a client does."""
+
+
+MakeStay = Callable[..., Stay]
+
+
 async def serve(
     cards: Sequence[tuple[PciFunction, Path | Listener]],
     *,
     poll_us: int = 0,
     limits: SessionLimits | None = None,
+    session: MakeStay = Session,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve each function at its path or listener until cancelled; started once all of them listen.
 
-    ``poll_us``: microseconds to spin for a client's next message before sleeping. A second client of a card
-    waits until the first has left. Sockets are removed at the end, however it comes; the functions are left
-    to whoever made them. Raises `SocketPathError` before any card is served, if one of the sockets cannot
-    be made.
+    ``poll_us``: microseconds to spin for a client's next message before sleeping. ``session`` makes the stay
+    of a client, from function and socket. A second client of a card waits until the first has left. Sockets
+    are removed at the end, however it comes; the functions are left to whoever made them. Raises
+    `SocketPathError` before any card is served, if one of the sockets cannot be made.
     """
     with contextlib.ExitStack() as sockets:
         listeners = [
@@ -40,18 +52,22 @@ async def serve(
         ]
         async with trio.open_nursery() as nursery:
             for (function, _), listener in zip(cards, listeners, strict=True):
-                nursery.start_soon(_serve_card, function, listener, poll_us, limits)
+                nursery.start_soon(_serve_card, function, listener, poll_us, limits, session)
             task_status.started()
 
 
 async def _serve_card(
-    function: PciFunction, listener: Listener, poll_us: int, limits: SessionLimits | None
+    function: PciFunction,
+    listener: Listener,
+    poll_us: int,
+    limits: SessionLimits | None,
+    session: MakeStay,
 ) -> None:
     while True:
         client = await listener.accept()
         log.info("%s: client connected", function.name)
         try:
-            await Session(function, client, poll_us=poll_us, limits=limits).run()
+            await session(function, client, poll_us=poll_us, limits=limits).run()
         except Exception:
             # A mistake in one card's code ends one client's stay, not the other cards.
             log.exception("%s: session failed", function.name)

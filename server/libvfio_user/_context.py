@@ -20,15 +20,20 @@ from typing import Any, Final
 
 from device.errors import DeviceError
 from device.function import BarKind, IrqKind, PciFunction, Region, RegionIndex, ResetKind
+from device.migration.states import DeviceState
+from protocol.vfio import IoEventFdFlags
 from server.libvfio_user._abi import (
     ATTACH_NONBLOCKING,
     CALLBACKS,
     DEVICE_PCI,
+    MIGRATION_CALLBACKS_VERSION,
     PCI_EXPRESS,
     TRANSPORT_SOCKET,
     DmaInfo,
     Generation,
     IoVec,
+    MigrationCallbacks,
+    MigrationState,
     RegionFlag,
     ResetReason,
 )
@@ -69,6 +74,7 @@ class Context:
         self._kept: list[Any] = []
         self._raised: BaseException | None = None
         self._lost = False
+        self._path = path
         self.handle: int = library.vfu_create_ctx(
             TRANSPORT_SOCKET, os.fsencode(path), ATTACH_NONBLOCKING, None, DEVICE_PCI
         )
@@ -100,6 +106,7 @@ class Context:
         unregister = self._callback("dma", self._dma_unregister, None)
         count = (_MAX_WINDOWS,) if library.generation is Generation.V2026 else ()
         library.vfu_setup_device_dma(handle, *count, register, unregister)
+        self._set_up_migration()
         library.vfu_realize_ctx(handle)
 
     def _set_up_region(self, index: RegionIndex, region: Region) -> None:
@@ -116,6 +123,38 @@ class Context:
         fd = -1 if region.fd is None else region.fd
         arguments = (areas, len(areas), fd) if len(areas) else (None, 0, -1)
         self.library.vfu_setup_region(self.handle, index, region.size, access, flags, *arguments, 0)
+        if self.library.generation not in Limit.IO_EVENTFDS.generations:
+            for area in self._function.io_eventfds(index):
+                match = IoEventFdFlags(0) if area.datamatch is None else IoEventFdFlags.DATAMATCH
+                self.library.vfu_create_ioeventfd(
+                    self.handle, index, area.fd, area.offset, area.size, match, area.datamatch or 0
+                )
+
+    def _set_up_migration(self) -> None:
+        migration = self._function.migration
+        if migration is None or self.library.generation in Limit.DEVICE_FEATURE.generations:
+            return
+
+        def go_to(state: int) -> int:
+            migration.set_state(DeviceState[MigrationState(state).name])
+            return 0
+
+        def read(buffer: int, size: int) -> int:
+            data = migration.read(size)
+            ctypes.memmove(buffer, data, len(data))
+            return len(data)
+
+        def write(buffer: int, size: int) -> int:
+            migration.write(ctypes.string_at(buffer, size))
+            return size
+
+        callbacks = MigrationCallbacks(
+            MIGRATION_CALLBACKS_VERSION,
+            self._callback("migration_transition", go_to, -1),
+            self._callback("migration_data", read, -1),
+            self._callback("migration_data", write, -1),
+        )
+        self.library.vfu_setup_device_migration_callbacks(self.handle, callbacks)
 
     # --- what the library does with it
 
@@ -157,6 +196,7 @@ class Context:
             handle, self.handle = self.handle, 0
             self._lost = True
             self.library.vfu_destroy_ctx(handle)
+            self._path.unlink(missing_ok=True)  # only where nobody connected
 
     # --- callbacks
 

@@ -14,6 +14,7 @@ import array
 import os
 import socket
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 from server.libvfio_user._context import Context
@@ -26,16 +27,15 @@ _REPLY_SIZE: Final = 4096
 _REPLY_FDS: Final = 1
 
 
-def hand_over(context: Context, client: socket.socket, path: str, version: bytes) -> None:
+def hand_over(context: Context, client: socket.socket, path: Path, version: bytes) -> None:
     """Let ``context``, which listens at ``path``, negotiate by ``version`` with ``client`` and take it over.
 
     ``client`` stays the caller's; both ends of it then read from one stream. `LibraryError` if the library
     refuses the client, who has been told, or OSError if it is gone.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as private:
-        private.connect(path)
-        with suppress(FileNotFoundError):
-            os.unlink(path)  # noqa: PTH108
+        private.connect(os.fspath(path))
+        path.unlink()
         private.sendall(version)
         refused: LibraryError | None = None
         try:

@@ -54,27 +54,27 @@ class _ClientDroppedError(Exception):
 
 
 class Session:
-    """Serves ``function`` to ``client``, a socket that it takes over, by a context of ``library`` in the
-    folder ``private``.
+    """Serves ``function`` to ``client``, a socket that it takes over, by a context of ``library``, which
+    makes its own socket at ``path`` and needs it for a moment only.
     """
 
     def __init__(
         self,
-        library: Library,
         function: PciFunction,
         client: socket.socket,
-        private: Path,
         *,
-        poll_us: int,
-        limits: SessionLimits,
+        library: Library,
+        path: Path,
+        poll_us: int = 0,
+        limits: SessionLimits | None = None,
     ) -> None:
         self._library = library
         self._function = function
         self._socket = client
-        self._private = private
+        self._path = path
         self._poll_ns = 1000 * poll_us
-        self._limits = limits
-        self._told = Told(function.name, limits.tellings)
+        self._limits = limits or SessionLimits()
+        self._told = Told(function.name, self._limits.tellings)
         self._room = select.poll()
         self._room.register(client, select.POLLOUT)
 
@@ -90,13 +90,12 @@ class Session:
                 log.warning("%s: client dropped: %s", self._function.name, reason)
 
     async def _serve(self, version: bytes) -> None:
-        path = self._private / "context"
-        context = Context(self._library, self._function, path, self._told)
+        context = Context(self._library, self._function, self._path, self._told)
         try:
             bridge = Bridge(self._function, context.trigger, self._told)
             try:
                 try:
-                    hand_over(context, self._socket, os.fspath(path), version)
+                    hand_over(context, self._socket, self._path, version)
                 except (LibraryError, OSError) as error:
                     raise _ClientDroppedError(f"VERSION: {error}") from None
                 self._let_wait()
