@@ -9,7 +9,7 @@ for a network driver, and `NetDriver.move_to` takes it along.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Final
@@ -199,22 +199,26 @@ class _Move:
             raise
 
     async def _undo(self) -> bool:
-        """Whether the source runs."""
+        """Whether the source runs. It does again before the target is reset, unless both might run then."""
         if not self.begun:
             return True
-        stopped = False
-        with trio.move_on_after(UNDO_TIMEOUT, shield=True):
-            try:
-                await self.target.session.reset()
-                stopped = True
-            except ClientError:
-                stopped = self.phase != STARTING
-        if not stopped:
-            self.target.session.hang_up("it may run a device that was not moved to it")
-        with trio.move_on_after(UNDO_TIMEOUT, shield=True):
-            try:
+        if self.phase == STARTING:
+            if not await self._reset_target():
+                self.target.session.hang_up("it may run a device that was not moved to it")
+            return await self._resume_source()
+        running = await self._resume_source()
+        await self._reset_target()
+        return running
+
+    async def _resume_source(self) -> bool:
+        with trio.move_on_after(UNDO_TIMEOUT, shield=True), suppress(ClientError):
+            if await self.source.state() is not DeviceState.RUNNING:
                 await self.source.set_state(DeviceState.RUNNING)
-            except ClientError:
-                return False
+            return True
+        return False
+
+    async def _reset_target(self) -> bool:
+        with trio.move_on_after(UNDO_TIMEOUT, shield=True), suppress(ClientError):
+            await self.target.session.reset()
             return True
         return False
