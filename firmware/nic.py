@@ -12,6 +12,7 @@ import trio
 from device.card import DEFAULT_BAR2_SIZE, DEFAULT_QUEUE_SIZE, NetworkCard
 from device.errors import DeviceError
 from device.function import PciFunction, ResetKind
+from device.interrupts._eventfd import drain
 from device.virtio.features import Feature
 from device.virtio.net import CONTROL_QUEUE, MAX_MTU, MIN_MTU, RX_QUEUE, TX_QUEUE, LinkStatus, NetConfig
 from device.virtio.transport import Isr
@@ -122,11 +123,14 @@ class Nic:
         self.datapath.poll_ns = 1000 * busy_poll_us
         self._attached: int | None = None
         self._control_broken = False
+        self._executing = False
+        self._commands = trio.Event()
         self._link_up = False
         port.on_change = self._port_changed
         self._port_changed()
+        self.card.connect_doorbells(self.datapath.doorbell_fds[:2])
         self.card.make_movable(
-            {b"NETC": self, b"FILT": self.filter},
+            {b"NETC": self, b"FILT": self.filter, b"PATH": self.datapath},
             {"features": f"{int(self._features):#x}", "mtu": f"{mtu}"},
         )
 
@@ -171,10 +175,20 @@ class Nic:
         """See Model."""
         if queue != CONTROL_QUEUE:
             self.datapath.kick()
-            return
+        elif self.function.dma.by_message:
+            self._commands.set()
+        else:
+            self._execute_commands()
+
+    def _execute_commands(self) -> None:
+        """Serve the control queue; by one thread at a time, for the client may be asked for its memory."""
         with self.function.gate:
             if self._control_broken or not (self.datapath.running and self.datapath.bus_master):
                 return
+            if self._executing:
+                self._commands.set()  # the other thread may have looked for the last time
+                return
+            self._executing = True
             try:
                 if self.control.service():
                     self.function.interrupts.lines.signal(Isr.QUEUE, self.control.queue.vector)
@@ -185,6 +199,8 @@ class Nic:
             else:
                 if self.control.unfinished:
                     os.eventfd_write(self.datapath.event_fd, 1)  # after whatever else waits for its turn
+            finally:
+                self._executing = False
 
     def _allow_dma(self) -> None:
         """Software allows or forbids DMA, or the card is stopped or runs again."""
@@ -279,6 +295,8 @@ class Nic:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._work)
             nursery.start_soon(self._listen)
+            nursery.start_soon(self._hear_doorbell)
+            nursery.start_soon(self._obey)
             nursery.start_soon(self.port.run)
 
     async def _work(self) -> None:
@@ -296,6 +314,22 @@ class Nic:
                 await done.wait()
             finally:
                 self.datapath.stop()
+
+    async def _hear_doorbell(self) -> None:
+        """The control queue's eventfd; the data path hears the others."""
+        doorbell = self.datapath.doorbell_fds[CONTROL_QUEUE]
+        while True:
+            await trio.lowlevel.wait_readable(doorbell)
+            if drain(doorbell):
+                self.notified(CONTROL_QUEUE)
+
+    async def _obey(self) -> None:
+        """Commands in memory that the client must be asked for, which this thread has to go on serving."""
+        limiter = trio.CapacityLimiter(1)
+        while True:
+            await self._commands.wait()
+            self._commands = trio.Event()
+            await trio.to_thread.run_sync(self._execute_commands, limiter=limiter)
 
     async def _listen(self) -> None:
         while True:

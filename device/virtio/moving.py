@@ -17,8 +17,8 @@ from device.virtio.transport import QueueSetup, Status, VirtioPciTransport
 _DEVICE = struct.Struct("<BBHQIIH")
 
 # size, desc, driver, device as written; enabled, event index, indirect; the first four as enabled; indices
-# (last_avail, used_index), vector
-_QUEUE = struct.Struct("<HQQQBBBHQQQHHH")
+# (last_avail, used_index), vector, why it is broken
+_QUEUE = struct.Struct("<HQQQBBBHQQQHHHB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +34,14 @@ class _Queue:
     last_avail: int
     used_index: int
     vector: int
+    fault: int
 
     def restore(self, queue: VirtQueue) -> None:
-        """DeviceError(EINVAL) for rings that the queue cannot have."""
+        """DeviceError(EINVAL) for rings that the queue cannot have, ValueError for a fault that is none."""
         queue.reset()
         if self.enabled:
             queue.enable(self.size, *self.addresses, event_index=self.event_index, indirect=self.indirect)
-        queue.restore(self.last_avail, self.used_index)
+        queue.restore(self.last_avail, self.used_index, self.fault)
         queue.vector = self.vector
 
 
@@ -76,6 +77,7 @@ class TransportState:
                 queue.last_avail,
                 queue.used_index,
                 queue.vector,
+                queue.fault_number,
             )
         return saved
 
@@ -116,7 +118,7 @@ class TransportState:
 
     @staticmethod
     def _queue(size: int, desc: int, driver: int, device: int, *fields: int) -> _Queue:
-        enabled, event_index, indirect, in_use, table, avail, used, last_avail, used_index, vector = fields
+        enabled, event_index, indirect, in_use, table, avail, used, *place = fields
         return _Queue(
             QueueSetup(size, desc, driver, device),
             bool(enabled),
@@ -124,7 +126,5 @@ class TransportState:
             bool(indirect),
             in_use,
             (table, avail, used),
-            last_avail,
-            used_index,
-            vector,
+            *place,
         )

@@ -16,6 +16,7 @@ from device.errors import DeviceError
 from device.function import (
     Bar,
     Identity,
+    IoEventFdArea,
     IrqFlags,
     IrqKind,
     MemoryBar,
@@ -386,6 +387,61 @@ def test_a_clients_mapping_stays_the_cards_memory_through_other_resets(rig: Rig,
         assert mapping[0:6] == bytes(6)
         mapping[0:5] = b"after"
         assert rig.function.region_read(2, 0, 5) == b"after"
+
+
+# --- stop and go on
+
+
+def test_a_stopped_function_serves_registers_and_says_so_to_the_card(rig: Rig) -> None:
+    happened: list[str] = []
+    rig.function.on_stop = lambda: happened.append("stop")
+    rig.function.on_run = lambda: happened.append("run")
+    rig.function.stop()
+    rig.function.stop()
+    assert not rig.function.running
+    assert rig.function.region_read(0, 0x100, 4) == b"\1\0\0\0"
+    rig.configure(COMMAND, 2, BUS_MASTER)
+    assert rig.function.bus_master
+    rig.function.run()
+    rig.function.run()
+    assert rig.function.running
+    assert happened == ["stop", "run"]
+
+
+def test_what_interrupts_while_it_is_stopped_is_signalled_once_when_it_runs(rig: Rig) -> None:
+    rig.wire_msix()
+    rig.function.stop()
+    for _ in range(2):
+        rig.function.interrupts.signal(0)
+    rig.function.on_run = lambda: rig.function.interrupts.signal(0)
+    assert rig.heard() == [0, 0, 0, 0]
+    rig.function.run()
+    assert rig.heard() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", list(ResetKind))
+def test_resets_but_the_drivers_own_let_it_run_again(rig: Rig, kind: ResetKind) -> None:
+    rig.function.stop()
+    rig.function.reset(kind)
+    assert rig.function.running is (kind is not ResetKind.FLR)
+    rig.function.run()
+    rig.wire_msix()
+    rig.function.interrupts.signal(0)
+    assert rig.heard() == [1, 0, 0, 0]
+
+
+# --- eventfds for writes
+
+
+def test_a_card_says_which_writes_eventfds_can_stand_for(rig: Rig) -> None:
+    assert rig.function.io_eventfds(0) == ()
+    area = IoEventFdArea(0x100, 2, rig.ears[0].fd)
+    rig.function.doorbells = {0: (area,)}
+    assert rig.function.io_eventfds(0) == (area,)
+    assert rig.function.io_eventfds(CONFIG) == ()
+    with pytest.raises(DeviceError) as refusal:
+        rig.function.io_eventfds(1)
+    assert refusal.value.errno == errno.EINVAL
 
 
 # --- composition and end

@@ -103,3 +103,41 @@ def test_the_filter_equals_a_set(addresses: list[bytes], frame: bytes) -> None:
     else:
         expected = frame == OWN or frame in unicast or len(unicast) > MAC_TABLE_SIZE
     assert chosen.accept(frame) == expected
+
+
+addresses = st.lists(st.binary(min_size=6, max_size=6), max_size=MAC_TABLE_SIZE + 1)
+
+
+@given(st.lists(st.booleans(), min_size=6, max_size=6), addresses, addresses)
+def test_a_filter_can_be_taken_over_whole(
+    modes: list[bool], unicast: list[bytes], multicast: list[bytes]
+) -> None:
+    source, target = ReceiveFilter(OTHER), ReceiveFilter(OWN)
+    source.promiscuous, source.all_multicast, source.all_unicast = modes[:3]
+    source.no_multicast, source.no_unicast, source.no_broadcast = modes[3:]
+    source.set_tables(unicast, multicast)
+    target.stage(source.save())()
+    assert target.save() == source.save()
+    probes = [OWN, OTHER, GROUP, BROADCAST, *unicast, *multicast]
+    assert [target.accept(mac) for mac in probes] == [source.accept(mac) for mac in probes]
+
+
+@given(st.binary(max_size=120))
+def test_any_bytes_are_a_filter_or_refused(data: bytes) -> None:
+    taker = ReceiveFilter(OWN)
+    before = taker.save()
+    try:
+        apply = taker.stage(data)
+    except ValueError:
+        assert taker.save() == before
+        return
+    apply()
+    assert taker.save() == data
+
+
+def test_a_table_one_over_its_size_is_refused() -> None:
+    modes = bytes(8)
+    fits = modes + bytes([MAC_TABLE_SIZE, 0]) + bytes(6 * (1 + MAC_TABLE_SIZE))
+    ReceiveFilter(OWN).stage(fits)()
+    with pytest.raises(ValueError, match="no filter has"):
+        ReceiveFilter(OWN).stage(modes + bytes([MAC_TABLE_SIZE + 1, 0]) + bytes(6 * (2 + MAC_TABLE_SIZE)))

@@ -68,6 +68,11 @@ class Rig:
         self.function.on_stop = lambda: self.happened.append("stop")
         self.function.on_run = lambda: self.happened.append("run")
 
+    @property
+    def stands(self) -> int:
+        """The migration's state, as a number: no two reads of it are the same to mypy."""
+        return int(self.migration.state)
+
     def configure(self, offset: int, count: int, value: int) -> None:
         self.function.region_write(CONFIG, offset, value.to_bytes(count, "little"))
 
@@ -129,7 +134,7 @@ def refused(action: Callable[[], object]) -> str | None:
 
 
 def test_a_function_begins_running_and_says_what_it_can(source: Rig) -> None:
-    assert source.migration.state is S.RUNNING
+    assert source.stands == S.RUNNING
     assert source.migration.flags == MigrationFlags.STOP_COPY | MigrationFlags.PRE_COPY
 
 
@@ -142,11 +147,11 @@ def test_any_wishes_end_in_the_state_that_the_rules_say(wanted: list[int]) -> No
                 steps = path(before, new)
             except DeviceError:
                 assert refused(lambda new=new: rig.migration.set_state(new))  # type: ignore[misc]
-                assert rig.migration.state is before
+                assert rig.stands == before
                 continue
             if S.RESUMING in (before, *steps[:-1]) and steps:
                 assert refused(lambda new=new: rig.migration.set_state(new))  # type: ignore[misc]
-                assert rig.migration.state is S.ERROR
+                assert rig.stands == S.ERROR
                 assert not rig.function.running
                 rig.function.reset(ResetKind.DEVICE)
             else:
@@ -174,7 +179,7 @@ def test_a_reset_leads_back_to_running_and_power_on_values(
     source.mark()
     source.migration.set_state(state)
     source.function.reset(kind)
-    assert source.migration.state is S.RUNNING
+    assert source.stands == S.RUNNING
     assert source.function.running
     assert source.seen()[:3] == fresh
     assert refused(lambda: source.migration.read(1))
@@ -186,12 +191,12 @@ def test_a_function_level_reset_is_the_drivers_and_ends_no_migration(source: Rig
     source.migration.set_state(S.PRE_COPY)
     stream = everything(source.migration)
     source.function.reset(ResetKind.FLR)
-    assert source.migration.state is S.PRE_COPY
+    assert source.stands == S.PRE_COPY
     load(target.function, stream + saved(source.function, ahead=False))
     assert target.seen() == source.seen()
     source.migration.set_state(S.STOP)
     source.function.reset(ResetKind.FLR)
-    assert source.migration.state is S.STOP
+    assert source.stands == S.STOP
     assert not source.function.running
 
 
@@ -204,7 +209,7 @@ def test_everything_that_can_be_read_arrives(source: Rig, target: Rig, ahead: bo
     target.function.region_write(2, 777, b"of the target")
     move(source.function, target.function, ahead=ahead)
     assert target.seen() == source.seen()
-    assert target.migration.state is S.RUNNING
+    assert target.stands == S.RUNNING
     assert target.function.bus_master
     assert target.migration.arrivals == 1
     assert source.migration.arrivals == 0
@@ -315,13 +320,13 @@ def test_a_state_that_breaks_off_leaves_an_error_and_the_function_as_it_was(
     target.migration.set_state(S.RESUMING)
     target.migration.write(stream)
     assert "does not go on" in (refused(lambda: target.migration.set_state(S.RUNNING)) or "")
-    assert target.migration.state is S.ERROR
+    assert target.stands == S.ERROR
     assert target.seen() == before
     for state in S:
         assert refused(lambda state=state: target.migration.set_state(state))  # type: ignore[misc]
     assert refused(lambda: target.migration.write(stream))
     target.function.reset(ResetKind.DEVICE)
-    assert target.migration.state is S.RUNNING
+    assert target.stands == S.RUNNING
 
 
 @pytest.mark.parametrize(("device", "traits"), [(0x1000, None), (0x1041, {"colour": "red"}), (0x1041, {})])
@@ -336,7 +341,7 @@ def test_another_kind_of_function_is_refused_by_its_first_bytes(
     assert "the cards differ" in (refused(lambda: other.migration.write(head[-1:])) or "")
     assert refused(lambda: other.migration.write(b""))
     assert refused(lambda: other.migration.set_state(S.STOP))
-    assert other.migration.state is S.ERROR
+    assert other.stands == S.ERROR
     other.function.close()
 
 
@@ -401,7 +406,7 @@ def test_a_section_that_no_card_writes_is_refused_when_it_comes(
 def test_a_state_without_one_of_its_parts_is_refused(source: Rig, target: Rig) -> None:
     del source.migration.parts[b"NUMB"]
     assert "without parts [b'NUMB']" in (refused(lambda: move(source.function, target.function)) or "")
-    assert target.migration.state is S.ERROR
+    assert target.stands == S.ERROR
 
 
 def test_a_part_that_fails_against_its_promise_leaves_an_error(
@@ -413,7 +418,7 @@ def test_a_part_that_fails_against_its_promise_leaves_an_error(
     monkeypatch.setattr(target.number, "stage", lambda _data: apply)
     with pytest.raises(RuntimeError):
         move(source.function, target.function)
-    assert target.migration.state is S.ERROR
+    assert target.stands == S.ERROR
     assert not target.function.running
 
 

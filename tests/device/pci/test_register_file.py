@@ -163,3 +163,37 @@ def test_an_instance_can_differ_in_reset_value_and_writable_bits() -> None:
     file.place(0, ScratchDword, reset=0x0000_0004, writable=0xFFFF_0000)
     file.write(0, b"\xff" * 4)
     assert file.load(0, 4) == 0xFFFF_0004
+
+
+@given(st.lists(writes, max_size=10))
+def test_what_software_set_can_be_taken_over(accesses: list[tuple[int, bytes]]) -> None:
+    file, other = a_file(), a_file()
+    for offset, data in accesses:
+        file.write(offset, data)
+    other.write(0, b"\xff" * SIZE)
+    other.stage(file.save())()
+    assert other.read(0, SIZE) == file.read(0, SIZE)
+
+
+@given(st.binary(max_size=SIZE + 2))
+def test_any_bytes_are_what_software_set_or_refused(data: bytes) -> None:
+    file = a_file()
+    try:
+        apply = file.stage(data)
+    except ValueError:
+        return
+    apply()
+    assert file.save() == data.rstrip(b"\0")
+
+
+@pytest.mark.parametrize("data", [bytes(SIZE + 1), b"\0\x10", b"\0" * 4 + b"\1"])
+def test_bits_that_software_cannot_set_are_not_taken_over(data: bytes) -> None:
+    with pytest.raises(ValueError, match="software cannot set"):
+        a_file().stage(data)
+
+
+def test_files_with_other_registers_declare_themselves_otherwise() -> None:
+    other = RegisterFile(SIZE)
+    other.place(0, Mixed, reset=0)
+    assert a_file().declared() == a_file().declared()
+    assert other.declared() != a_file().declared()

@@ -1,0 +1,528 @@
+"""A whole card that moves to another one while its driver and its traffic go on."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from device.card import COMMON, DOORBELLS
+from device.errors import DeviceError
+from device.function import ResetKind
+from device.migration.states import DeviceState
+from device.virtio.features import Feature
+from device.virtio.net import RX_QUEUE, TX_QUEUE
+from device.virtio.transport import NOTIFY_STRIDE, Status
+from firmware import Nic
+from firmware._cable import LOOPBACK_BUFFER
+from firmware.ports import Framing, open_port
+from firmware.ports._port import MAX_FRAME
+from tests.device.migration.moves import load, migration_of, saved
+from tests.firmware.driver import CONFIG_REGION, CONFIG_VECTOR, MSIX, Driver
+from tests.firmware.test_nic import MAC, OTHER, Cable, frame
+
+S = DeviceState
+CARRIED = LOOPBACK_BUFFER + 4 + 12 + MAX_FRAME  # bytes of frames that go along with a card
+
+
+class Travellers:
+    """A driver and the cards it has been on; the first is the one it starts with."""
+
+    def __init__(self, make: Callable[[], Nic]) -> None:
+        self.make = make
+        self.driver = Driver(make())
+        self.cards = [self.driver.nic]
+
+    def another(self, make: Callable[[], Nic] | None = None) -> Nic:
+        """A card that has the driver's memory and its interrupts, and no state yet."""
+        made = (make or self.make)()
+        self.cards.append(made)
+        self.welcome(made)
+        return made
+
+    def welcome(self, nic: Nic) -> None:
+        with nic.function.gate:
+            self.driver.memory.map_into(nic.function.dma)
+        nic.function.irq_set_trigger(MSIX, 0, self.driver.fds)
+
+    def move(self, target: Nic, *, ahead: bool = True) -> None:
+        """The driver goes on with `target`; the card it leaves loses its client."""
+        source = self.driver.nic
+        load(target.function, saved(source.function, ahead=ahead))
+        self.driver.nic, self.driver.function = target, target.function
+        source.function.reset(ResetKind.LOST_CLIENT)
+
+    def close(self) -> None:
+        for nic in self.cards:
+            nic.close()
+        self.driver.close()
+
+
+@contextmanager
+def travelling(make: Callable[[], Nic]) -> Iterator[Travellers]:
+    made = Travellers(make)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def loopback() -> Nic:
+    return Nic(open_port("loopback"), mac=MAC, bar2_size=1 << 16)
+
+
+def number(data: bytes) -> int:
+    return int(struct.unpack_from(">I", data, 14)[0])
+
+
+def numbered(value: int, length: int = 60) -> bytes:
+    return frame(struct.pack(">I", value).ljust(length, b"."), MAC)
+
+
+# --- what the driver sees
+
+
+def test_registers_are_the_same_at_the_other_end() -> None:
+    with travelling(lambda: Nic(Cable(), mac=MAC)) as travellers:
+        driver = travellers.driver
+        driver.start()
+        driver.command(b"\1\1" + OTHER)
+        driver.write(COMMON + 0x16, 2, 1)
+        driver.write(COMMON, 4, 1)
+        before = driver.function.region_read(0, 0, 0x1000) + driver.function.region_read(0, 0x2000, 0x1000)
+        config = driver.function.region_read(CONFIG_REGION, 0, 4096)
+        travellers.move(travellers.another(lambda: Nic(Cable(), mac=OTHER)))
+        assert driver.function.region_read(0, 0, 0x1000) + driver.function.region_read(0, 0x2000, 0x1000) == (
+            before
+        )
+        assert driver.function.region_read(CONFIG_REGION, 0, 4096) == config
+        assert driver.status == Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
+        assert [driver.nic.card.queues[n].last_avail for n in range(3)] == [0, 0, 1]
+
+
+def test_the_driver_is_interrupted_once_for_everything() -> None:
+    with travelling(loopback) as travellers:
+        driver = travellers.driver
+        driver.start()
+        travellers.move(travellers.another())
+        assert [driver.fired(vector) for vector in range(4)] == [True] * 4
+        assert [driver.fired(vector) for vector in range(4)] == [False] * 4
+
+
+def test_the_address_goes_along_and_comes_back_on_resets_of_the_driver() -> None:
+    with travelling(lambda: Nic(Cable(), mac=MAC)) as travellers:
+        driver = travellers.driver
+        driver.start()
+        driver.command(b"\1\1" + bytes.fromhex("525400000077"))
+        other = travellers.another(lambda: Nic(Cable(), mac=OTHER))
+        travellers.move(other)
+        assert driver.mac == bytes.fromhex("525400000077")
+        driver.status = 0
+        assert driver.mac == MAC
+        other.function.reset(ResetKind.DEVICE)
+        assert driver.mac == MAC
+        other.function.reset(ResetKind.LOST_CLIENT)
+        assert driver.mac == OTHER
+
+
+def test_receive_modes_and_tables_go_along() -> None:
+    with travelling(lambda: Nic(Cable(), mac=MAC)) as travellers:
+        driver = travellers.driver
+        driver.start()
+        group, stranger = bytes.fromhex("01005e000001"), bytes.fromhex("01005e000002")
+        driver.command(b"\0\0\0")
+        driver.command(b"\1\0" + struct.pack("<I", 1) + OTHER + struct.pack("<I", 1) + group)
+        travellers.move(travellers.another())
+        accept = driver.nic.filter.accept
+        assert [accept(frame(b"", to)) for to in (MAC, OTHER, group, stranger)] == [True, True, True, False]
+
+
+@pytest.mark.parametrize(("here", "there"), [(True, False), (False, True), (True, True)])
+def test_the_link_is_that_of_the_port_at_the_other_end(here: bool, there: bool) -> None:
+    def make(up: bool) -> Nic:
+        cable = Cable()
+        cable.link_up = up
+        return Nic(cable, mac=MAC)
+
+    with travelling(lambda: make(here)) as travellers:
+        driver = travellers.driver
+        driver.start()
+        generation = driver.read(COMMON + 0x15, 1)
+        travellers.move(travellers.another(lambda: make(there)))
+        assert driver.link_up is there
+        assert (driver.read(COMMON + 0x15, 1) != generation) == (here != there)
+
+
+def test_features_go_to_the_port_at_the_other_end() -> None:
+    with travelling(lambda: Nic(Cable(), mac=MAC)) as travellers:
+        travellers.driver.start()
+        cable = Cable()
+        travellers.move(travellers.another(lambda: Nic(cable, mac=MAC)))
+        assert cable.happened == [travellers.cards[0].port.happened[0]]  # type: ignore[attr-defined]
+
+
+def test_a_card_without_a_driver_moves_too() -> None:
+    with travelling(loopback) as travellers:
+        assert travellers.driver.negotiate()
+        travellers.move(travellers.another())
+        assert travellers.driver.status & Status.FEATURES_OK
+        travellers.driver.start()
+        travellers.driver.send(numbered(1))
+        travellers.driver.settle()
+        assert [number(data) for data in travellers.driver.received()] == [1]
+
+
+def test_a_broken_queue_stays_broken() -> None:
+    with travelling(loopback) as travellers:
+        driver = travellers.driver
+        driver.start()
+        driver.tx.make_available(driver.tx.size)
+        driver.settle()
+        assert driver.nic.card.queues[TX_QUEUE].fault
+        travellers.move(travellers.another())
+        assert driver.status & Status.NEEDS_RESET
+        assert driver.nic.card.queues[TX_QUEUE].fault
+
+
+def test_a_broken_control_queue_stays_broken() -> None:
+    with travelling(loopback) as travellers:
+        driver = travellers.driver
+        driver.start()
+        assert driver.command(b"\0\0\1", room=0) is None
+        travellers.move(travellers.another())
+        assert driver.status & Status.NEEDS_RESET
+        assert driver.command(b"\1\1" + OTHER) is None
+
+
+# --- while it is stopped
+
+
+@pytest.mark.parametrize("state", [S.STOP, S.STOP_COPY, S.RESUMING])
+def test_a_stopped_card_touches_neither_memory_nor_port(state: DeviceState) -> None:
+    cable = Cable()
+    with travelling(lambda: Nic(cable, mac=MAC)) as travellers:
+        driver = travellers.driver
+        driver.start()
+        for vector in range(4):
+            driver.fired(vector)
+        migration_of(driver.function).set_state(state)
+        memory = driver.memory.bytes[:]
+        driver.send(frame(b"out"))
+        cable.network.send(frame(b"in"))
+        sent = driver.memory.bytes[:]
+        driver.ring_doorbell(RX_QUEUE)
+        assert driver.command(b"\1\1" + OTHER) is None
+        driver.settle()
+        assert memory != sent
+        assert driver.rx.used() == driver.tx.used() == []
+        assert driver.nic.datapath.awaited == 0
+        with pytest.raises(BlockingIOError):
+            cable.network.recv(2000)
+        cable.set_link(False)
+        cable.set_link(True)
+        assert not any(driver.fired(vector) for vector in range(4))
+        if state is S.RESUMING:
+            return
+        migration_of(driver.function).set_state(S.RUNNING)
+        driver.settle()
+        assert cable.network.recv(2000) == frame(b"out")
+        assert driver.received() == [frame(b"in")]
+        assert driver.mac == OTHER
+
+
+def test_a_link_that_changes_while_the_card_is_stopped_is_told_when_it_runs() -> None:
+    cable = Cable()
+    with travelling(lambda: Nic(cable, mac=MAC)) as travellers:
+        driver = travellers.driver
+        driver.start()
+        migration_of(driver.function).set_state(S.STOP)
+        cable.set_link(False)
+        assert driver.link_up
+        migration_of(driver.function).set_state(S.RUNNING)
+        assert not driver.link_up
+        assert driver.fired(CONFIG_VECTOR)
+
+
+def test_a_port_that_comes_back_while_the_card_is_stopped_is_attached_when_it_runs() -> None:
+    cable = Cable()
+    with travelling(lambda: Nic(cable, mac=MAC)) as travellers:
+        driver = travellers.driver
+        driver.start()
+        migration_of(driver.function).set_state(S.STOP)
+        cable.peer_lost()
+        cable.network.close()
+        cable.plug()
+        cable.on_change()
+        migration_of(driver.function).set_state(S.RUNNING)
+        driver.send(frame(b"out"))
+        driver.settle()
+        assert cable.network.recv(2000) == frame(b"out")
+
+
+def test_a_driver_that_resets_a_stopped_card_finds_it_reset() -> None:
+    with travelling(loopback) as travellers:
+        driver = travellers.driver
+        driver.start()
+        migration_of(driver.function).set_state(S.STOP)
+        driver.status = 0
+        assert driver.negotiate()
+        migration_of(driver.function).set_state(S.RUNNING)
+        assert driver.status & Status.FEATURES_OK
+
+
+# --- who is refused
+
+
+@pytest.mark.parametrize(
+    ("other", "trait"),
+    [
+        (lambda: Nic(Cable(), mac=MAC, mtu=1400), "mtu=1400"),
+        (lambda: Nic(Cable(), mac=MAC, queue_size=128), "queues=128, 128, 128"),
+        (lambda: Nic(Cable(), mac=MAC, offloads=False), "features="),
+        (lambda: Nic(Cable(), mac=MAC, msix=False), "capabilities="),
+        (lambda: Nic(Cable(), mac=MAC, bar2_size=1 << 16), "bars="),
+    ],
+)
+def test_a_card_that_differs_is_refused_and_told_in_what(other: Callable[[], Nic], trait: str) -> None:
+    with travelling(lambda: Nic(Cable(), mac=MAC)) as travellers:
+        travellers.driver.start()
+        nic = travellers.another(other) if trait != "capabilities=" else other()
+        stream = saved(travellers.driver.function)
+        with pytest.raises(DeviceError, match=trait) as refusal:
+            load(nic.function, stream)
+        assert refusal.value.errno == errno.EINVAL
+        migration_of(travellers.driver.function).set_state(S.RUNNING)
+        travellers.driver.send(frame(b"still here"))
+        travellers.driver.settle()
+        port = travellers.cards[0].port
+        assert isinstance(port, Cable)
+        assert port.network.recv(2000) == frame(b"still here")
+        if nic not in travellers.cards:
+            nic.close()
+
+
+def test_a_card_can_take_a_card_with_another_address() -> None:
+    with travelling(lambda: Nic(Cable(), mac=MAC)) as travellers:
+        travellers.move(travellers.another(lambda: Nic(Cable(), mac=OTHER)))
+        assert travellers.driver.mac == MAC
+
+
+@given(st.binary(max_size=40))
+def test_any_bytes_are_a_cards_state_or_refused(data: bytes) -> None:
+    with travelling(loopback) as travellers:
+        nic = travellers.driver.nic
+        try:
+            apply = nic.stage(data)
+        except ValueError:
+            return
+        apply()
+        assert nic.save() == data
+
+
+FRAME = struct.pack("<I", 26) + bytes(26)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        FRAME[:3],
+        FRAME[:-1],
+        FRAME + b"\0",
+        struct.pack("<I", 25) + bytes(25),
+        struct.pack("<I", 12 + MAX_FRAME + 1) + bytes(12 + MAX_FRAME + 1),
+        FRAME * (CARRIED // len(FRAME) + 1),
+    ],
+    ids=["no length", "cut off", "trailing", "too short", "too long", "too many"],
+)
+def test_frames_that_no_card_has_are_refused(data: bytes) -> None:
+    with travelling(loopback) as travellers:
+        datapath = travellers.driver.nic.datapath
+        for good in (b"", FRAME, struct.pack("<I", 12 + MAX_FRAME) + bytes(12 + MAX_FRAME)):
+            datapath.stage(good)()
+            assert datapath.save() == good
+        datapath.stage(FRAME * (CARRIED // len(FRAME)))
+        with pytest.raises(ValueError, match="bytes"):
+            datapath.stage(data)
+
+
+# --- traffic
+
+
+def test_frames_move_a_hundred_times_and_each_arrives_once() -> None:
+    with travelling(loopback) as travellers:
+        driver = travellers.driver
+        driver.start(buffers=8)
+        numbers = itertools.count()
+        sent: list[int] = []
+        arrived: list[int] = []
+        other = travellers.another()
+        for turn in range(100):
+            for _ in range(5):
+                sent.append(next(numbers))
+                driver.send(numbered(sent[-1], 60 + turn * 10))
+            for _ in range(turn % 4):
+                driver.nic.datapath.service()
+            if turn % 3 == 0:
+                arrived += [number(data) for data in driver.received()]
+            left = driver.nic
+            travellers.move(other, ahead=turn % 2 == 0)
+            travellers.welcome(left)
+            other = left
+        driver.settle()
+        while news := driver.received():
+            arrived += [number(data) for data in news]
+            driver.settle()
+        assert arrived == sent
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.sampled_from(["send", "serve", "receive", "move", "ahead", "stop", "command"]), max_size=60)
+)
+def test_wherever_it_moves_nothing_is_lost_or_doubled(steps: list[str]) -> None:
+    with travelling(loopback) as travellers:
+        driver = travellers.driver
+        driver.start(Feature(0) | ~Feature.RING_EVENT_IDX if len(steps) % 2 else ~Feature(0), buffers=1)
+        numbers = itertools.count()
+        sent: list[int] = []
+        arrived: list[int] = []
+        other = travellers.another()
+        for step in steps:
+            match step:
+                case "send":
+                    sent.append(next(numbers))
+                    driver.send(numbered(sent[-1]))
+                case "serve":
+                    driver.nic.datapath.service()
+                case "receive":
+                    arrived += [number(data) for data in driver.received()]
+                case "move" | "ahead":
+                    left = driver.nic
+                    travellers.move(other, ahead=step == "ahead")
+                    travellers.welcome(left)
+                    other = left
+                case "stop":
+                    migration_of(driver.function).set_state(S.STOP)
+                    driver.nic.datapath.service()
+                    migration_of(driver.function).set_state(S.RUNNING)
+                case "command":
+                    assert driver.command(b"\0\0\1") == 0
+        driver.settle()
+        while news := driver.received():
+            arrived += [number(data) for data in news]
+            driver.settle()
+        assert arrived == sent
+
+
+async def test_running_cards_hand_their_traffic_over(nursery: trio.Nursery) -> None:
+    with travelling(loopback) as travellers:
+        driver = travellers.driver
+        other = travellers.another()
+        async with trio.open_nursery() as inner:
+            inner.start_soon(driver.nic.run)
+            inner.start_soon(other.run)
+            driver.start()
+            sent: list[int] = []
+            arrived: list[int] = []
+            with trio.fail_after(60):
+                for turn in range(30):
+                    for _ in range(3):
+                        sent.append(len(sent))
+                        driver.send(numbered(sent[-1]))
+                    left = driver.nic
+                    travellers.move(other, ahead=turn % 2 == 0)
+                    travellers.welcome(left)
+                    other = left
+                    while len(arrived) < len(sent):
+                        driver.rx.set_used_event(driver.rx.used_seen)
+                        if news := driver.received():
+                            arrived += [number(data) for data in news]
+                        else:
+                            await driver.interrupted(RX_QUEUE)
+            inner.cancel_scope.cancel()
+        assert arrived == sent
+
+
+def network_of(nic: Nic) -> socket.socket:
+    assert isinstance(nic.port, Cable)
+    return nic.port.network
+
+
+def test_a_frame_that_waits_for_more_buffers_goes_along() -> None:
+    with travelling(lambda: Nic(Cable(), mac=MAC)) as travellers:
+        driver = travellers.driver
+        driver.start(buffers=1)
+        network_of(driver.nic).send(numbered(7, 3000))
+        driver.settle()
+        assert driver.rx.used() == []
+        travellers.move(travellers.another())
+        driver.offer(1)
+        driver.settle()
+        assert [written for _, written in driver.rx.used()] == [2048, 12 + 14 + 3000 - 2048]
+
+
+def test_frames_that_the_card_has_read_of_a_stream_go_along() -> None:
+    with travelling(lambda: Nic(Cable(framing=Framing.STREAM), mac=MAC)) as travellers:
+        driver = travellers.driver
+        driver.start(buffers=1)
+        for value in range(4):
+            data = numbered(value)
+            network_of(driver.nic).send(struct.pack(">I", len(data)) + data)
+        network_of(driver.nic).send(b"\0\0\0\x40 a frame that has come in part")
+        driver.settle()
+        travellers.move(travellers.another())
+        data = numbered(4)
+        network_of(driver.nic).send(struct.pack(">I", len(data)) + data)
+        arrived = []
+        driver.settle()
+        while news := driver.received():
+            arrived += [number(data) for data in news]
+            driver.settle()
+        assert arrived == list(range(5))
+
+
+def test_what_came_along_goes_on_with_the_next_move_and_ends_with_the_driver() -> None:
+    with travelling(loopback) as travellers:
+        driver = travellers.driver
+        driver.start(buffers=1)
+        for value in range(3):
+            driver.send(numbered(value))
+        driver.settle()
+        for _ in range(3):
+            travellers.move(travellers.another())
+        waiting = driver.nic.datapath.save()
+        assert len(waiting) == 2 * (4 + 12 + len(numbered(0)))
+        driver.status = 0
+        assert driver.nic.datapath.save() == b""
+
+
+# --- doorbells
+
+
+async def test_an_eventfd_is_as_good_as_a_doorbell(nursery: trio.Nursery) -> None:
+    with travelling(loopback) as travellers:
+        driver = travellers.driver
+        areas = driver.function.io_eventfds(0)
+        assert [(area.offset, area.size, area.datamatch) for area in areas] == [
+            (DOORBELLS + NOTIFY_STRIDE * queue, 2, None) for queue in range(len(areas))
+        ]
+        async with trio.open_nursery() as inner:
+            inner.start_soon(driver.nic.run)
+            driver.start()
+            await trio.testing.wait_all_tasks_blocked()
+            driver.ring_doorbell = lambda queue: os.eventfd_write(areas[queue].fd, 1)  # type: ignore[method-assign]
+            with trio.fail_after(10):
+                for value in range(3):
+                    driver.send(numbered(value))
+                    assert number(await driver.receive()) == value
+            inner.cancel_scope.cancel()
