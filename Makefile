@@ -4,6 +4,7 @@
 #   make test     every test; guests run in real QEMU, made once and kept in $(TRIONIC_CACHE)
 #   make guest    an interactive Linux guest in QEMU with the card as its only NIC
 #   make check    format, lint, types
+#   make fuzz     a million exchanges with peers that lie, in twenty minutes at most
 #   make bench    the benchmarks, each a ratio against a peer
 #   make clean    remove what was built (the cache stays; remove .cache by hand)
 
@@ -18,7 +19,7 @@ SOURCES := $(shell find device firmware server client \( -name '*.pyx' -o -name 
 # headers to build the real libvfio-user.
 TEST_PACKAGES := pciutils passt tcpdump libjson-c-dev
 
-.PHONY: build demo test guest check bench clean host-packages
+.PHONY: build demo test guest check fuzz bench clean host-packages
 
 build: $(VENV)/.built
 
@@ -36,6 +37,9 @@ check: build
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
+
+fuzz: build
+	@$(PY) -m fuzz --runs 1000000 --seconds 1200
 
 bench: build host-packages
 	@$(PY) -m bench.register_rtt
