@@ -84,7 +84,8 @@ class NetDriver:
         self._memory = memory
         self._queues = Queues(memory, plan)
         self._nursery = nursery
-        self._shares: dict[Session, AsyncExitStack] = {}
+        # where the memory is mapped; the first session's window is open_net's
+        self._shares = {attachment.session: AsyncExitStack()}
         self._doorbells: list[Doorbell] = []
         self._rx: ReceiveRing | None = None
         self._tx: TransmitRing | None = None
@@ -247,7 +248,7 @@ class NetDriver:
         """Map the driver's memory in another session too, at the same addresses, until `open_net` ends;
         raises as `dma_memory` does.
         """
-        if session is self.session or session in self._shares:
+        if session in self._shares:
             return
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(mapped_in(session, self._memory))

@@ -18,8 +18,10 @@ __all__ = ["INTERRUPTED", "Refusal", "main"]
 _COMMANDS: Final = {
     "serve": "Serve cards to QEMU or to any other vfio-user client.",
     "probe": "Show what a vfio-user server offers, as lspci would.",
+    "migrate": "Move a running card between two servers, under traffic.",
     "demo": "Drive a card through everything it does, and time it.",
     "guest": "Boot a Linux guest with a card as its only network.",
+    "conform": "Hold a vfio-user server or client against the specification.",
 }
 
 
