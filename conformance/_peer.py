@@ -20,7 +20,7 @@ import trio
 
 from conformance._memory import Memory, Window, answer_dma
 from conformance._messages import HEADER, JSON, MAX_REPLY_SIZE, Message, announced, message, version
-from conformance.checks import Failed, NotApplicable, expect
+from conformance.checks import Failed, NotApplicable, Silent, expect
 from protocol import Command, command_name
 from protocol.limits import MAX_FDS_PER_MESSAGE
 from protocol.messages import DeviceInfo, DmaMap, DmaUnmap, HeaderFlags, Record
@@ -71,7 +71,7 @@ class Wire:
         with trio.move_on_after(self._patience) as late:
             return await self._receive()
         assert late.cancelled_caught
-        raise Failed(wanted, f"no answer within {self._patience:g} s")
+        raise Silent(wanted, f"no answer within {self._patience:g} s")
 
     async def _receive(self) -> Message | None:
         data, fds, size = bytearray(), array.array("i"), HEADER.size

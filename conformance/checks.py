@@ -68,6 +68,10 @@ class Failed(Exception):  # noqa: N818
         self.came = came
 
 
+class Silent(Failed):
+    """Nothing came at all, in the time that there was."""
+
+
 class NotApplicable(Exception):  # noqa: N818
     """The statement says nothing about this peer, and why."""
 

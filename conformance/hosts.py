@@ -16,7 +16,7 @@ from typing import Final, Protocol
 
 import trio
 
-from conformance.checks import Failed, GoneError
+from conformance.checks import Failed, GoneError, Silent
 
 RETRY_S: Final = 0.01
 """Seconds until a socket that takes no client is tried again: unix sockets cannot be waited for there."""
@@ -69,7 +69,7 @@ class Listening:
         deadline = trio.current_time() + self.patience
         while (connected := _connect(self.path)) is None:
             if trio.current_time() > deadline:
-                raise Failed("a server that accepts", f"no room for a client within {self.patience:g} s")
+                raise Silent("a server that accepts", f"no room for a client within {self.patience:g} s")
             await trio.sleep(RETRY_S)
         if isinstance(connected, OSError):
             raise GoneError(f"{self.path}: {connected.strerror}")
@@ -128,7 +128,7 @@ class Started:
                 self._was_open = True
                 return connected
             if trio.current_time() > deadline:
-                raise Failed("a server that accepts", f"no room for a client within {self.patience:g} s")
+                raise Silent("a server that accepts", f"no room for a client within {self.patience:g} s")
             await trio.sleep(RETRY_S)
 
     async def ended(self) -> bool:

@@ -12,8 +12,8 @@ from conformance.expectations import Judged, Verdict
 
 
 def write_junit(path: Path, results: Iterable[Judged], name: str) -> None:
-    """A suite for each section, a case for each check. What is not applicable, and what failed as expected, is
-    skipped, with its reason. Raises OSError.
+    """A suite for each section, a case for each check. What is not applicable, and what failed as expected,
+    is skipped, with its reason. Raises OSError.
     """
     document = JUnitXml(name)
     for section, group in groupby(results, key=lambda judged: judged.result.check.section):

@@ -8,13 +8,29 @@ from typing import Final
 import trio
 
 from conformance._server import Server
-from conformance.checks import Check, Failed, GoneError, NotApplicable, Outcome, Result, Run
+from conformance.checks import Check, Failed, GoneError, NotApplicable, Outcome, Result, Run, Silent
 from conformance.hosts import Host
 
 LONGEST_WAITS: Final = 20
 """A check may wait so many times as long as one answer may take: the longest asks for a few dozen things of
 which a broken server answers none.
 """
+
+
+async def reach(host: Host) -> None:
+    """Make sure that somebody answers at all, before hundreds of checks find out that nobody does.
+
+    Raises `GoneError` or `Silent`, one line each.
+    """
+    await host.begin()
+    try:
+        async with Server(host).session():
+            pass
+    except Failed as failure:
+        if isinstance(failure, Silent):
+            raise
+    finally:
+        await host.end()
 
 
 async def run_checks(
