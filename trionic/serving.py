@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,10 +15,9 @@ from server import Listener, ServerError
 from trionic.config import CardConfig, ServeConfig, derive_mac
 from trionic.engines import open_engine
 from trionic.errors import TrionicError
+from trionic.log import configure
 
 __all__ = ["open_cards", "run", "serve_cards"]
-
-_LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 # Errors that are told in one line, wherever in the tree of tasks they come up.
 _TOLD = (TrionicError, ServerError, PortError)
@@ -32,7 +30,7 @@ def run(
 
     Raises `TrionicError` with one line for whatever the user can mend.
     """
-    logging.basicConfig(level=log_level.upper(), format=_LOG_FORMAT)
+    configure(log_level)
     try:
         trio.run(_serve_until_signal, settings, listeners, ready)
     except (PortError, ServerError) as error:
