@@ -19,6 +19,7 @@ from errno import EINVAL
 import client
 from client._nursery import background
 from tests.client import peer as wire
+from tests.client.fake_mover import PRE_COPY, RESUMING, RUNNING, STOP, FakeMover
 from tests.client.peer import FakeRegion, Message, Peer
 from tests.client.virtio.ring_device import Chain, RingDevice
 
@@ -103,6 +104,10 @@ class FakeNic:
         self.windows: dict[int, tuple[int, mmap.mmap]] = {}
         self.msix: dict[int, int] = {}
         self.intx_fd, self.intx_masked, self.isr = -1, False, 0
+        self.mover: FakeMover | None = None
+        """Migration's commands go there, if there is one."""
+        self.origin: FakeNic | None = None
+        """Whose state this card takes over when a migration to it is complete."""
         self.reset()
 
     def reset(self) -> None:
@@ -208,9 +213,9 @@ class FakeNic:
             value &= ~8
         self.status = value
 
-    def _enable(self, queue: Queue) -> None:
+    def _enable(self, queue: Queue, *, moved: bool = False) -> None:
         assert self.status & 8
-        assert not self.status & 4
+        assert moved or not self.status & 4
         (window,) = [
             (iova, memory) for iova, (_, memory) in self.windows.items() if iova <= queue.addresses[0]
         ]
@@ -227,7 +232,7 @@ class FakeNic:
 
     def pump(self) -> None:
         """Do everything that can be done: control commands, and frames from queue 1 to queue 0."""
-        if not self.status & 4 or self.hold:
+        if not self.status & 4 or self.hold or self.stopped:
             return
         control, receive, transmit = (self.queues[number] for number in (CTRL, RX, TX))
         if control.ring is not None:
@@ -316,6 +321,35 @@ class FakeNic:
         else:
             raise AssertionError(f"SET_IRQS {flags:#x} of {index}")
 
+    @property
+    def stopped(self) -> bool:
+        """A migration holds the card still."""
+        return self.mover is not None and self.mover.state not in (RUNNING, PRE_COPY)
+
+    def _move(self, peer: Peer, message: Message, mover: FakeMover) -> None:
+        before = mover.state
+        mover.answer(peer, message)
+        if (before, mover.state) == (RESUMING, STOP):
+            assert self.origin is not None
+            self.take_over(self.origin)
+        if before != mover.state == RUNNING:
+            self.pump()
+
+    def take_over(self, origin: FakeNic) -> None:
+        """Go on where another card stopped; its wiring stays behind."""
+        assert origin.stopped
+        assert self.windows.keys() == origin.windows.keys(), "the memory is mapped first"
+        self.config[:] = origin.config
+        self.status, self.features, self.isr = origin.status, origin.features, origin.isr
+        self.config_vector, self.queue_select = origin.config_vector, origin.queue_select
+        for queue, old in zip(self.queues, origin.queues, strict=True):
+            queue.size, queue.vector, queue.addresses = old.size, old.vector, list(old.addresses)
+            if old.ring is not None:
+                self._enable(queue, moved=True)
+                assert queue.ring is not None
+                queue.ring.seen, queue.ring.used = old.ring.seen, old.ring.used
+                queue.offered = list(old.offered)
+
     async def serve(self, peer: Peer) -> None:
         """Answer until the driver leaves."""
         await peer.agree(b'{"capabilities":{"max_msg_fds":2}}\0')
@@ -349,12 +383,17 @@ class FakeNic:
                 reply = b""
             case wire.DMA_UNMAP:
                 _, _, iova, size = struct.unpack("=IIQQ", message.payload)
-                assert self.status == 0, "the window goes while the device runs"
+                assert self.status == 0 or self.stopped, "the window goes while the device runs"
                 assert self.windows.pop(iova)[0] == size
+                for queue in self.queues:
+                    queue.ring = None
                 reply = message.payload
             case wire.SET_IRQS:
                 self.set_irqs(message)
                 reply = b""
+            case wire.FEATURE | wire.MIG_READ | wire.MIG_WRITE | wire.RESET if self.mover is not None:
+                self._move(peer, message, self.mover)
+                return
             case wire.IO_FDS if not self.doorbell_events:
                 peer.refuse(message, EINVAL)
                 return
