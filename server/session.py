@@ -30,6 +30,7 @@ from device.errors import DeviceError
 from device.function import PciFunction, ResetKind
 from protocol import Broken, Connection, Event, Negotiated, Refused, Request, Role, command_name
 from protocol.limits import KEPT_DESCRIPTOR, KEPT_REQUEST, MAX_KEPT, SessionLimits
+from protocol.quirks import Quirk
 from server._answer import Terms
 from server._descriptors import close_all
 from server._drain import Drain, Outcome
@@ -150,8 +151,14 @@ class Session:
         self._direct()
 
     def _direct(self) -> None:
-        """Let the drain answer whenever nothing is before what it takes."""
-        self._drain.direct = not self._events and self._engine.ready and self._engine.at_boundary
+        """Let the drain answer whenever nothing is before what it takes. Its refusals are bare headers."""
+        engine = self._engine
+        self._drain.direct = (
+            not self._events
+            and engine.ready
+            and engine.at_boundary
+            and Quirk.PADDED_ERRORS not in engine.quirks
+        )
 
     async def _work_off(self) -> None:
         """Handle what was understood, one after the other."""

@@ -1,82 +1,28 @@
 import errno
 import os
 import struct
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
-from device.dma.remote import RemoteMemory
 from device.errors import DeviceError
 from protocol.limits import MAX_DMA_UNANSWERED
 from server import SessionLimits
+from tests.server.answering import INFO, IOVA, Worker, granted, memory, refused, said
 from tests.server.raw import (
     DMA_READ,
     DMA_WRITE,
-    ERROR,
     GET_INFO,
-    NO_REPLY,
     REGION_READ,
-    REGION_WRITE,
     REPLY,
-    Message,
     RawClient,
     access,
     message,
 )
 from tests.server.world import World, world
-
-INFO = struct.pack("=IIII", 16, 0, 0, 0)
-IOVA = 0x1000
-
-
-def memory(served: World) -> RemoteMemory:
-    """What the device reaches the client's memory with."""
-    remote = served.function.dma.remote
-    assert remote is not None
-    return remote
-
-
-class Worker:
-    """A thread of the device that does one thing; `result` is what came of it."""
-
-    def __init__(self, nursery: trio.Nursery, call: Callable[[], Any]) -> None:
-        self.result: Any = None
-        self.over = trio.Event()
-        nursery.start_soon(self._run, call)
-
-    async def _run(self, call: Callable[[], Any]) -> None:
-        try:
-            self.result = await trio.to_thread.run_sync(call)
-        except DeviceError as error:
-            self.result = error.errno
-        self.over.set()
-
-    async def outcome(self) -> Any:
-        """What it returned, or the errno."""
-        with trio.fail_after(20):
-            await self.over.wait()
-        return self.result
-
-
-async def said(client: RawClient) -> Message:
-    got = await client.receive()
-    assert got is not None, "the server hung up"
-    return got
-
-
-def granted(request: Message, data: bytes = b"") -> bytes:
-    """The reply to a DMA request."""
-    return message(request.command, request.payload[:16] + data, message_id=request.message_id, flags=REPLY)
-
-
-def refused(request: Message, number: int) -> bytes:
-    return struct.pack("=HHIII", request.message_id, request.command, 16, REPLY | ERROR, number)
-
 
 # --- a worker thread asks, over the session's socket
 
@@ -249,55 +195,3 @@ async def test_a_client_that_takes_no_requests_is_dropped(
         worker = Worker(nursery, partial(memory(served).write, IOVA, bytes(1 << 20)))
         assert await worker.outcome() == errno.ENOTCONN
     assert "it takes no messages" in caplog.text
-
-
-# --- a handler asks, in the trio thread: what the client says beforehand is there when it looks
-
-
-@pytest.fixture
-async def asking(served: World) -> World:
-    """A card whose registers below 128 are found in the client's memory."""
-    served.card.registers.answers = partial(from_memory, served)
-    return served
-
-
-def from_memory(served: World, offset: int) -> int:
-    if offset >= 128:
-        return offset
-    return int.from_bytes(memory(served).read(IOVA + offset, 4), "little")
-
-
-def reply_to(number: int, iova: int, data: bytes) -> bytes:
-    """The answer to the server's read, which has the ``number`` that its requests are counted by."""
-    return message(DMA_READ, struct.pack("=QQ", iova, len(data)) + data, message_id=number, flags=REPLY)
-
-
-async def test_a_handler_may_read_memory_before_it_answers(asking: World) -> None:
-    client = await asking.client()
-    await client.send(message(REGION_READ, access(0, 0, 4), message_id=7) + reply_to(0, IOVA, b"abcd"))
-    assert (await said(client)).payload == struct.pack("=QQ", IOVA, 4)
-    answer = await said(client)
-    assert (answer.message_id, answer.payload[16:]) == (7, b"abcd")
-    served = await client.read(0, 128, 4)
-    assert served == struct.pack("=I", 128)
-
-
-async def test_what_is_asked_meanwhile_keeps_its_order(asking: World) -> None:
-    client = await asking.client()
-    await client.send(
-        message(REGION_READ, access(0, 0, 4), message_id=1)
-        + message(REGION_WRITE, access(0, 2, 4) + b"1111", flags=NO_REPLY)
-        + message(REGION_READ, access(0, 2, 4), message_id=2)
-        + message(GET_INFO, INFO, message_id=3)
-        + message(REGION_READ, access(4, 0, 4), message_id=4)
-        + reply_to(0, IOVA, b"abcd")
-        + message(REGION_WRITE, access(0, 2, 4) + b"2222", flags=NO_REPLY)
-        + message(REGION_READ, access(0, 2, 4), message_id=5)
-        + message(99, message_id=6)
-        + message(REGION_READ, access(0, 0, 4), message_id=7)[:20]
-    )
-    assert (await said(client)).command == DMA_READ
-    replies = [await said(client) for _ in range(3)]
-    assert [reply.message_id for reply in replies] == [1, 2, 3]
-    assert replies[0].payload[16:] == b"abcd"
-    assert replies[1].payload[16:] == b"1111"

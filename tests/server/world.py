@@ -1,13 +1,13 @@
 """A small real PCI function behind a real server on a real socket."""
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
 
-from device.function import Bar, BarKind, Identity, MemoryBar, PciFunction, ResetKind
+from device.function import Bar, BarKind, Handler, Identity, MemoryBar, PciFunction, ResetKind
 from device.pci.capabilities import Msi, Msix, PciExpress, PowerManagement
 from server import SessionLimits, serve
 from tests.server.raw import RawClient, connect
@@ -44,10 +44,10 @@ class Registers:
 class Card:
     """A function with registers in BAR 0, mappable memory in BAR 2, and every kind of interrupt."""
 
-    def __init__(self, name: str = "card") -> None:
+    def __init__(self, name: str = "card", registers: Handler | None = None) -> None:
         self.registers = Registers()
         bar0 = Bar(0, PAGE)
-        bar0.claim(0, 256, self.registers)
+        bar0.claim(0, 256, registers or self.registers)
         self.memory = MemoryBar(2, BAR2_SIZE, kind=BarKind.MEM64)
         self.function = PciFunction(
             name,
@@ -107,16 +107,20 @@ def no_fd_leaks() -> Iterator[None]:
 
 @asynccontextmanager
 async def world(
-    tmp_path: Path, *, limits: SessionLimits | None = None, poll_us: int = 0
+    tmp_path: Path,
+    *,
+    limits: SessionLimits | None = None,
+    poll_us: int = 0,
+    by: Callable[..., Awaitable[None]] = serve,
 ) -> AsyncIterator[World]:
-    """Serve a card; at the end the server is cancelled, and no descriptor may be left."""
+    """Serve a card `by` an engine; at the end the server is cancelled, and no descriptor may be left."""
     path = tmp_path / "card.sock"
     with no_fd_leaks():
         card = Card()
         async with AsyncExitStack() as clients, trio.open_nursery() as nursery:
 
             async def start(task_status: trio.TaskStatus[None]) -> None:
-                await serve([(card.function, path)], poll_us=poll_us, limits=limits, task_status=task_status)
+                await by([(card.function, path)], poll_us=poll_us, limits=limits, task_status=task_status)
 
             await nursery.start(start)
             yield World(path, card, card.function, clients)

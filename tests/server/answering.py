@@ -1,0 +1,81 @@
+"""The client's part in DMA messages, by hand, and threads that ask for them."""
+
+import os
+import socket
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import trio
+import trio.testing
+
+from device.dma.remote import RemoteMemory
+from device.errors import DeviceError
+from tests.server.raw import (
+    DMA_READ,
+    ERROR,
+    REPLY,
+    Message,
+    RawClient,
+    message,
+)
+from tests.server.world import World
+
+INFO = struct.pack("=IIII", 16, 0, 0, 0)
+IOVA = 0x1000
+
+
+def memory(served: World) -> RemoteMemory:
+    """What the device reaches the client's memory with."""
+    remote = served.function.dma.remote
+    assert remote is not None
+    return remote
+
+
+class Worker:
+    """A thread of the device that does one thing; `result` is what came of it."""
+
+    def __init__(self, nursery: trio.Nursery, call: Callable[[], Any]) -> None:
+        self.result: Any = None
+        self.over = trio.Event()
+        nursery.start_soon(self._run, call)
+
+    async def _run(self, call: Callable[[], Any]) -> None:
+        try:
+            self.result = await trio.to_thread.run_sync(call)
+        except DeviceError as error:
+            self.result = error.errno
+        self.over.set()
+
+    async def outcome(self) -> Any:
+        """What it returned, or the errno."""
+        with trio.fail_after(20):
+            await self.over.wait()
+        return self.result
+
+
+async def said(client: RawClient) -> Message:
+    got = await client.receive()
+    assert got is not None, "the server hung up"
+    return got
+
+
+def granted(request: Message, data: bytes = b"") -> bytes:
+    """The reply to a DMA request."""
+    return message(request.command, request.payload[:16] + data, message_id=request.message_id, flags=REPLY)
+
+
+def refused(request: Message, number: int) -> bytes:
+    return struct.pack("=HHIII", request.message_id, request.command, 16, REPLY | ERROR, number)
+
+
+def say(client: RawClient, *pieces: tuple[bytes, list[int]]) -> None:
+    """Send pieces with their descriptors before the server, in this very thread, sees the first."""
+    with socket.socket(fileno=os.dup(client.socket.fileno())) as same:
+        for data, fds in pieces:
+            assert socket.send_fds(same, [data], fds) == len(data)
+
+
+def reply_to(number: int, iova: int, data: bytes) -> bytes:
+    """The answer to the server's read, which has the ``number`` that its requests are counted by."""
+    return message(DMA_READ, struct.pack("=QQ", iova, len(data)) + data, message_id=number, flags=REPLY)
