@@ -391,6 +391,8 @@ class PciFunction:
         Closing it twice does nothing.
         """
         with self.gate:
+            if self.migration is not None:
+                self.migration.reset()
             self.interrupts.unwire_all()
             self.dma.unmap_all()
             for bar in self.bars.values():

@@ -128,7 +128,7 @@ class Nic:
         self._link_up = False
         port.on_change = self._port_changed
         self._port_changed()
-        self.card.connect_doorbells(self.datapath.doorbell_fds[:2])
+        self.card.connect_doorbells(self.datapath.doorbell_fds)
         self.card.make_movable(
             {b"NETC": self, b"FILT": self.filter, b"PATH": self.datapath},
             {"features": f"{int(self._features):#x}", "mtu": f"{mtu}"},

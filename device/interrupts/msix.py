@@ -69,8 +69,9 @@ class MsixBank(VectorBank):
         self.refresh_all()
 
     def save(self) -> bytes:
-        """The entries, and for each vector whether it is wired."""
-        return bytes(self._entries) + bytes(self.fd(vector) is not None for vector in range(self.count))
+        """The entries, and for each vector whether it is wired, or was where the card came from."""
+        wired = (self._arrived[vector] or self.fd(vector) is not None for vector in range(self.count))
+        return bytes(self._entries) + bytes(wired)
 
     def stage(self, data: bytes) -> Callable[[], None]:
         """What makes the entries those of `data`, which another card saved; ValueError if it cannot be.

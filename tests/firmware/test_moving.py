@@ -21,7 +21,7 @@ from device.errors import DeviceError
 from device.function import ResetKind
 from device.migration.states import DeviceState
 from device.virtio.features import Feature
-from device.virtio.net import RX_QUEUE, TX_QUEUE
+from device.virtio.net import CONTROL_QUEUE, RX_QUEUE, TX_QUEUE
 from device.virtio.transport import NOTIFY_STRIDE, Status
 from firmware import Nic
 from firmware._cable import LOOPBACK_BUFFER
@@ -525,4 +525,7 @@ async def test_an_eventfd_is_as_good_as_a_doorbell(nursery: trio.Nursery) -> Non
                 for value in range(3):
                     driver.send(numbered(value))
                     assert number(await driver.receive()) == value
+                driver.command(b"\1\1" + OTHER)
+                await driver.interrupted(CONTROL_QUEUE)
+                assert driver.mac == OTHER
             inner.cancel_scope.cancel()

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from device.errors import DeviceError
 from device.interrupts.controller import Interrupts
@@ -286,3 +288,42 @@ def test_a_lost_client_leaves_no_wiring_and_no_mask(interrupts: Interrupts, ears
     interrupts.set_trigger(IrqKind.MSIX, 0, [ear.fd for ear in ears])
     interrupts.signal(3)
     assert [ear.heard() for ear in ears] == [0, 0, 0, 1]
+
+
+# --- moving: what arrives is told in tests/device/migration
+
+
+states = st.one_of(
+    st.binary(max_size=80),
+    st.tuples(
+        st.binary(min_size=1, max_size=1),
+        st.lists(st.integers(0, 1), min_size=5, max_size=5).map(bytes),
+        st.binary(min_size=64, max_size=64),
+        st.lists(st.integers(0, 1), min_size=4, max_size=4).map(bytes),
+    ).map(b"".join),
+)
+
+
+@given(states)
+def test_any_bytes_are_the_state_of_interrupts_or_refused(data: bytes) -> None:
+    made = Interrupts(msi=4, msix=4)
+    before = made.save()
+    try:
+        apply = made.stage(data)
+    except ValueError:
+        assert made.save() == before
+        return
+    apply()
+    assert made.save() == data
+
+
+def test_a_state_that_interrupts_can_have_is_taken() -> None:
+    source, target = Interrupts(msi=4, msix=4), Interrupts(msi=4, msix=4)
+    source.configure_msix(enabled=True, function_mask=False)
+    source.signal(3)
+    source.intx(True)
+    source.msix.table.write(16, 8, 0xFEE00000)
+    target.stage(source.save())()
+    assert target.save() == source.save()
+    assert target.lines.vector_pending(3)
+    assert target.lines.intx_asserted
