@@ -13,7 +13,7 @@ from typing import Final, ParamSpec, Self
 
 import trio
 
-from client.errors import ClientError
+from client.errors import ClientError, DeviceError
 from client.interrupts import Interrupt, IntxLine, intx, msix
 from client.pci import Command, ConfigSpace, PciControl, read_config
 from client.session import Session
@@ -95,14 +95,17 @@ class Attachment:
             self.vectors = NO_VECTOR, [NO_VECTOR] * queues
             self.interrupts = (await self._stack.enter_async_context(intx(self.session)),)
             return
-        irqs = self.session.irqs
-        available = irqs[IrqIndex.MSIX].count if len(irqs) > IrqIndex.MSIX else 0
-        self.vectors = plan_vectors(available, queues)
+        self.vectors = _plan(self.session, queues)
         pci = PciControl(self.session, self.config)
         await pci.set_msix(enabled=True)
         self._stack.push_async_callback(quietly, pci.set_msix, enabled=False)
         count = max(self.vectors[0], *self.vectors[1]) + 1
         self.interrupts = await self._stack.enter_async_context(msix(self.session, count))
+
+    def check_fits(self, session: Session) -> None:
+        """Raises DeviceError if the device behind another session has not the vectors that are set here."""
+        if self.wiring is Wiring.MSIX and _plan(session, len(self.vectors[1])) != self.vectors:
+            raise DeviceError("the device has fewer vectors than the one before")
 
     def listen(self, nursery: trio.Nursery, listener: Listener) -> None:
         """Start the background tasks that hear what the device says; once."""
@@ -160,3 +163,8 @@ class Attachment:
             with trio.CancelScope(shield=True):
                 await self._silent.wait()
         await self._stack.aclose()
+
+
+def _plan(session: Session, queues: int) -> tuple[int, list[int]]:
+    available = session.irqs[IrqIndex.MSIX].count if len(session.irqs) > IrqIndex.MSIX else 0
+    return plan_vectors(available, queues)

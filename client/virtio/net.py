@@ -264,11 +264,10 @@ class NetDriver:
         await self.share_with(session)
         async with self._changing:
             old = self._attachment
+            old.check_fits(session)
             new = await Attachment.open(session, old.wiring, old.doorbells)
             try:
                 await new.wire(len(self._doorbells))
-                if new.vectors != old.vectors:
-                    raise DeviceError("the device has fewer vectors than the one before")
                 doorbells = [await new.transport.doorbell(queue) for queue in range(len(self._doorbells))]
             except BaseException:
                 await new.close()
@@ -287,6 +286,7 @@ class NetDriver:
         """Move the device to another session and the driver with it; frames go on. Raises MigrationError, and
         goes on with the present device then.
         """
+        self._attachment.check_fits(session)
         await self.share_with(session)
         try:
             report = await migrate(self.session, session, precopy=precopy)

@@ -329,6 +329,8 @@ class FakeNic:
     def _move(self, peer: Peer, message: Message, mover: FakeMover) -> None:
         before = mover.state
         mover.answer(peer, message)
+        if message.command == wire.RESET:
+            self.reset()
         if (before, mover.state) == (RESUMING, STOP):
             assert self.origin is not None
             self.take_over(self.origin)
