@@ -92,17 +92,19 @@ class Session:
     async def _serve(self, version: bytes) -> None:
         context = Context(self._library, self._function, self._path, self._told)
         try:
-            bridge = Bridge(self._function, context.trigger, self._told)
             try:
+                hand_over(context, self._socket, self._path, version)
+            except (LibraryError, OSError) as error:
+                raise _ClientDroppedError(f"VERSION: {error}") from None
+            self._let_wait()
+            try:
+                bridge = Bridge(self._function, context.trigger, self._told)
                 try:
-                    hand_over(context, self._socket, self._path, version)
-                except (LibraryError, OSError) as error:
-                    raise _ClientDroppedError(f"VERSION: {error}") from None
-                self._let_wait()
-                await self._until_the_end(context, bridge)
+                    await self._until_the_end(context, bridge)
+                finally:
+                    bridge.close()
             finally:
                 context.lost()
-                bridge.close()
         finally:
             context.close()
 
@@ -128,7 +130,7 @@ class Session:
                 await trio.lowlevel.wait_readable(self._socket)
                 credit = self._limits.messages_per_turn
                 continue
-            header = await self._whole(look)
+            header, look = await self._whole(look)
             await self._wait_for_room()
             number = screen.verdict(header, look)
             if number:
@@ -175,14 +177,14 @@ class Session:
         """The client's first message, whole and taken from the socket."""
         with trio.move_on_after(self._limits.version_deadline):
             await trio.lowlevel.wait_readable(self._socket)
-            header = await self._whole(self._peek())
+            header, _ = await self._whole(self._peek())
             if header.message_size > _MAX_VERSION_SIZE:
                 raise _ClientDroppedError(f"VERSION of {header.message_size} bytes")
             return self._socket.recv(header.message_size)
         raise _ClientDroppedError("it does not say VERSION")
 
-    async def _whole(self, look: bytes) -> Header:
-        """The header of the message that begins with ``look``, once all of the message is there."""
+    async def _whole(self, look: bytes) -> tuple[Header, bytes]:
+        """The header of the message that begins with ``look``, and its start, once all of it is there."""
         if len(look) < HEADER_SIZE:
             with trio.move_on_after(_REST_DEADLINE):
                 while len(look) < HEADER_SIZE:
@@ -197,13 +199,13 @@ class Session:
         if header.message_size > len(look) and header.message_size > self._untaken():
             with trio.move_on_after(_REST_DEADLINE):
                 while header.message_size > self._untaken():
-                    self._peek()  # raises when the client has left instead
                     await trio.sleep(_REST_PAUSE)
+                    look = self._peek()  # raises when the client has left instead
             if header.message_size > self._untaken():
                 raise _ClientDroppedError(
                     f"of a message of {header.message_size} bytes only {self._untaken()} came at once"
                 )
-        return header
+        return header, look
 
     def _untaken(self) -> int:
         """Bytes that wait in the socket."""
