@@ -27,6 +27,7 @@ from errno import (
     EPERM,
     EPROTO,
 )
+from itertools import accumulate, pairwise
 from typing import Final
 
 from fuzz._requests import HEADER_SIZE
@@ -155,12 +156,9 @@ class Judge:
                 raise VerdictError(f"the server asked {message}")
         answers = deque(message for message in heard if message.kind)
         doomed = self.dropped or self._doomed(said, rest)
-        agreed, may_end, end = False, doomed, 0
+        agreed, may_end = False, doomed
         for number, message in enumerate(said):
-            start, end = end, end + message.size
             expect = self._expect(message, agreed, bool(asked))
-            if sum(fds for at, fds in self._fds if start <= at < end) > MAX_MSG_FDS:
-                may_end = True
             if expect is Expect.END:
                 return self._the_end(answers, message, number)
             may_end |= expect in (Expect.MAYBE, Expect.PERHAPS_NOTHING)
@@ -190,8 +188,11 @@ class Judge:
             _, _, size, flags, _ = struct.unpack_from("=HHIII", rest)
             if not HEADER_SIZE <= size <= SURELY_TAKEN or flags & 0xF:
                 return True
-        begun = len(self._said) - len(rest)
-        return sum(fds for at, fds in self._fds if at >= begun) > MAX_MSG_FDS
+        ends = [*accumulate(message.size for message in said), len(self._said) + 1]
+        return any(
+            sum(fds for at, fds in self._fds if start <= at < end) > MAX_MSG_FDS
+            for start, end in pairwise([0, *ends])
+        )
 
     @staticmethod
     def _expect(message: Message, agreed: bool, asked: bool) -> Expect:
