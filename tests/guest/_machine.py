@@ -87,12 +87,17 @@ def tap_arguments(taps: Sequence[str]) -> list[str]:
     return arguments
 
 
-def machine_arguments(root: Root, *, accel: str, smp: int, memory: str, kernel_args: str) -> list[str]:
+def machine_arguments(
+    root: Root, *, accel: str, smp: int, memory: str, kernel_args: str, shared: bool = True
+) -> list[str]:
     """QEMU's arguments for the machine that every guest is, without its serial ports and cards."""
+    backend = f"memory-backend-memfd,id=ram,size={memory},share=on"
+    if not shared:
+        backend = f"memory-backend-ram,id=ram,size={memory}"
     return [
         *("-no-user-config", "-nodefaults", "-display", "none", "-nic", "none"),
         *("-M", f"q35,accel={accel},memory-backend=ram", "-cpu", "max", "-smp", str(smp), "-m", memory),
-        *("-object", f"memory-backend-memfd,id=ram,size={memory},share=on"),
+        *("-object", backend),
         *("-kernel", str(root.kernel), "-initrd", str(root.initramfs)),
         *("-append", f"{KERNEL_ARGS} {kernel_args}".strip()),
     ]
@@ -322,6 +327,7 @@ async def boot(
     deadline: float = 60,
     smp: int = 1,
     memory: str = "512M",
+    shared: bool = True,
     accel: str | None = None,
     kernel_args: str = "quiet",
     qemu_args: Sequence[str] = (),
@@ -340,9 +346,10 @@ async def boot(
     never outlives the block, nor this process.
 
     `files` are small files, such as kernel modules, which the guest finds by these names in ``/run/files``.
-    `taps` are TAP devices that get QEMU's own virtio cards; `network` is the namespace that QEMU runs in;
-    `accel` is ``tcg`` or ``kvm`` instead of what was found to work here. Lines of QEMU's stderr that contain
-    one of `expected_warnings` are no failure.
+    Without `shared` the guest's memory is QEMU's own: cards get no descriptor of it and have to ask for what
+    is there. `taps` are TAP devices that get QEMU's own virtio cards; `network` is the namespace that QEMU
+    runs in; `accel` is ``tcg`` or ``kvm`` instead of what was found to work here. Lines of QEMU's stderr that
+    contain one of `expected_warnings` are no failure.
     """
     if root is None:
         root = await trio.to_thread.run_sync(guest_root)
@@ -360,7 +367,9 @@ async def boot(
             *("setpriv", "--pdeathsig", "KILL", "--"),
             *(network.prefix if network else []),
             *root.qemu(),
-            *machine_arguments(root, accel=accel, smp=smp, memory=memory, kernel_args=kernel_args),
+            *machine_arguments(
+                root, accel=accel, smp=smp, memory=memory, kernel_args=kernel_args, shared=shared
+            ),
             *_serial_arguments([end.fileno() for end in far[:4]]),
             *_firmware_arguments({"script": Path(script_file.name)}),
             *_firmware_arguments({f"files/{name}": path for name, path in (files or {}).items()}),
