@@ -65,11 +65,15 @@ cdef class Bursts:
     cdef short events(self) noexcept nogil:
         """The events at the port that would give a burst something to do; any other would make it spin."""
         cdef short events = 0
-        if not self.running or not self.may_master or self.cable.lost:
+        if self.cable.lost:
             return 0
+        if self.cable.backlog():
+            events |= POLLOUT
+        if not self.running or not self.may_master:
+            return events
         if not self.rx_starved:
             events |= POLLIN
-        if self.tx_blocked or self.cable.backlog():
+        if self.tx_blocked:
             events |= POLLOUT
         return events
 
@@ -80,7 +84,10 @@ cdef class Bursts:
     cdef bint burst(self) noexcept nogil:
         """One burst each way; True when work is left that needs no waiting."""
         cdef bint more
-        if self._busy or not self.running or not self.may_master:
+        if self._busy:
+            return False
+        if not self.running or not self.may_master:
+            self.cable.flush()          # the driver was told that this is sent
             return False
         self._busy = True
         more = self._both_ways()

@@ -12,6 +12,7 @@ a register or an eventfd, the port has something, or someone calls `wake()`.
 """
 
 import os
+import struct
 
 from libc.stdint cimport int64_t, uint64_t
 from posix.types cimport off_t
@@ -19,6 +20,7 @@ from posix.uio cimport iovec
 from posix.unistd cimport read, write
 
 from device._atomic cimport fence, load_int, relax, store_int
+from device.virtio._split cimport OWED_ROOM
 from firmware._bursts cimport Bursts
 
 
@@ -61,6 +63,10 @@ cdef uint64_t _now() noexcept nogil:
     cdef timespec t
     clock_gettime(CLOCK_MONOTONIC, &t)
     return <uint64_t> t.tv_sec * 1000000000 + <uint64_t> t.tv_nsec
+
+
+_COUNTS = struct.Struct("<HH")      # completions owed to the receive and to the transmit ring
+_COMPLETION = struct.Struct("<II")  # as in a used ring
 
 
 cdef int _eventfd() except -1:
@@ -141,16 +147,37 @@ cdef class DataPath(Bursts):
         self.may_master = allowed
 
     def save(self):
-        """The frames that the driver has not got yet, for `stage` of another data path."""
+        """What is on its way to the driver, for `stage` of another data path; save the queues with it.
+
+        Frames that the driver has not got yet, and completions that its rings have not (VirtQueue.owed_list).
+        What the port has not got yet stays here and goes out here.
+        """
         with self.gate:
-            return self.cable.save(self.frame[:self.frame_length])
+            completions = [self.rx.owed_list(), self.tx.owed_list()]
+            counts = _COUNTS.pack(*(len(owed) for owed in completions))
+            rings = b"".join(_COMPLETION.pack(*each) for owed in completions for each in owed)
+            return counts + rings + self.cable.save(self.frame[:self.frame_length])
 
     def stage(self, data):
-        """What delivers the frames that another data path saved before all others; ValueError if none did.
+        """What delivers what another data path saved before all else; ValueError if none did.
 
-        To be called after `start`, and `halt` forgets them.
+        To be called in the gate, after VirtQueue.restore and `start`.
         """
-        return self.cable.stage(data)
+        if len(data) < _COUNTS.size:
+            raise ValueError(f"{len(data)} bytes where the numbers of completions should be")
+        received, sent = _COUNTS.unpack_from(data)
+        frames_at = _COUNTS.size + (received + sent) * _COMPLETION.size
+        if max(received, sent) > OWED_ROOM or frames_at > len(data):
+            raise ValueError(f"{received} and {sent} completions in {len(data)} bytes")
+        rings = list(_COMPLETION.iter_unpack(data[_COUNTS.size:frames_at]))
+        deliver = self.cable.stage(data[frames_at:])
+
+        def apply():
+            deliver()
+            self.rx.owe_again(rings[:received])
+            self.tx.owe_again(rings[received:])
+
+        return apply
 
     @property
     def port_lost(self):

@@ -44,24 +44,39 @@ class ControlQueue:
         self._filter = receive_filter
         self._set_mac = set_mac
         self._refusals_left = MAX_REFUSALS_TOLD
+        self._interrupt = False
         self.unfinished = False
 
     def service(self) -> bool:
         """Execute what is available; returns whether the driver wants an interrupt.
 
         A driver that keeps adding commands is served a ringful; then `unfinished` is set, and it is for the
-        caller to come back. The caller holds the gate. A broken queue raises DeviceError(EIO); a chain
-        without room for the answer raises DeviceError(EINVAL).
+        caller to come back. So it is when the card changed while the client was asked for its memory: a
+        command that was not answered will be executed again, unless the driver has taken the queue away. The
+        caller holds the gate. A broken queue raises DeviceError(EIO); a chain without room for the answer
+        raises DeviceError(EINVAL).
         """
-        interrupt = self.unfinished = False
+        self.unfinished = False
+        self._interrupt = False
+        try:
+            self.unfinished = self._execute_all()
+        except DeviceError as error:
+            if error.errno not in (errno.ECANCELED, errno.ENOTCONN):
+                raise
+            self.queue.give_chains_back()
+            self.unfinished = True
+        return self._interrupt
+
+    def _execute_all(self) -> bool:
+        """Whether a ringful was not all."""
+        self._interrupt = self.queue.settle()
         for _ in range(self.queue.size + 1):
             chain = self.queue.pop()
             if chain is not None:
-                interrupt = self._execute(chain) or interrupt
+                self._interrupt = self._execute(chain) or self._interrupt
             elif not self.queue.enable_kicks():
-                return interrupt
-        self.unfinished = True
-        return interrupt
+                return False
+        return True
 
     def _execute(self, chain: DescriptorChain) -> bool:
         try:

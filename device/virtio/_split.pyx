@@ -147,6 +147,16 @@ cdef class VirtQueue:
         """Why the queue is broken, or None."""
         return FAULTS.get(self._fault)
 
+    def owed_list(self):
+        """Completions that wait to be written to the ring, as (head, written); not a part of `last_avail`."""
+        return [(self.owed[i].head, self.owed[i].written) for i in range(self.owed_count)]
+
+    def owe_again(self, owed):
+        """After `restore`: have these completions written; at most OWED_ROOM."""
+        for head, written in owed:
+            self.owe(head, written)
+        self.next_avail += self.owed_count
+
     # --- rings
 
     cdef bint resolve(self) noexcept nogil:

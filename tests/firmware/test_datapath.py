@@ -16,8 +16,8 @@ from device.dma import DmaWindows
 from device.interrupts._lines import MODE_MSIX, Lines
 from device.virtio._split import VirtQueue
 from device.virtio.faults import FAULTS
-from firmware._cable import LOOPBACK_BUFFER
 from firmware._bursts import BURST
+from firmware._cable import LOOPBACK_BUFFER
 from firmware._datapath import DataPath
 from firmware._filter import ReceiveFilter
 from firmware.ports._port import MAX_FRAME
