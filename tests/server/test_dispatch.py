@@ -286,6 +286,16 @@ async def test_a_descriptor_too_small_or_of_no_memory_is_refused(client: RawClie
     os.close(write_end)
 
 
+async def test_a_client_maps_as_many_windows_as_it_said(served: World) -> None:
+    client = await served.connect()
+    await client.negotiate({"max_msg_fds": 8, "max_dma_maps": 2})
+    await client.do(DMA_MAP, dma(0, PAGE))
+    await client.do(DMA_MAP, dma(PAGE, PAGE))
+    assert await client.refused(DMA_MAP, dma(2 * PAGE, PAGE)) == errno.ENOSPC
+    await client.do(DMA_UNMAP, struct.pack("=IIQQ", 24, 0, 0, PAGE))
+    await client.do(DMA_MAP, dma(2 * PAGE, PAGE))
+
+
 async def test_two_descriptors_for_one_window_are_refused(client: RawClient) -> None:
     fd = os.memfd_create("guest")
     os.truncate(fd, PAGE)
