@@ -12,14 +12,17 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Final
+from typing import Any, Final
 
 import client
 from client.pci import read_config
 from client.virtio import NetDriver, Wiring, open_net
-from protocol.vfio import RegionIndex
+from protocol import Command
+from protocol.messages import DmaMap
+from protocol.vfio import DmaMapFlags, RegionIndex
+from trionic.migrating import travel
 
-__all__ = ["ACTS", "Act", "DemoError", "Done"]
+__all__ = ["ACTS", "Act", "DemoError", "Done", "Stage"]
 
 # An act that takes longer than this hangs; the slowest takes well below a tenth of it.
 PATIENCE_S: Final = 30.0
@@ -29,6 +32,8 @@ POSTED: Final = 10_000
 WINDOWS: Final = 1_000
 WINDOW_SIZE: Final = 1 << 16
 FRAMES: Final = 50_000
+MESSAGE_FRAMES: Final = 500
+ROUND_TRIPS: Final = 3
 BURST: Final = 64
 """Frames under way at a time: fewer than a receive queue holds, so that none is lost."""
 FRAME_SIZE: Final = 1514
@@ -53,15 +58,23 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class Stage:
+    """Where two cards of the same kind are served, each by a process of its own."""
+
+    card: Path
+    spare: Path
+
+
+@dataclass(frozen=True, slots=True)
 class Act:
     """A line of the table."""
 
     name: str
-    play: Callable[[Path], Awaitable[Done]]
+    play: Callable[[Stage], Awaitable[Done]]
 
 
-async def _negotiation(path: Path) -> Done:
-    async with client.connect(path) as session:
+async def _negotiation(stage: Stage) -> Done:
+    async with client.connect(stage.card) as session:
         version = session.connection.version
         _check(version is not None, "no version was agreed on")
         assert version is not None
@@ -71,8 +84,8 @@ async def _negotiation(path: Path) -> Done:
         return Done(messages, "messages", remark)
 
 
-async def _configuration(path: Path) -> Done:
-    async with client.connect(path) as session:
+async def _configuration(stage: Stage) -> Done:
+    async with client.connect(stage.card) as session:
         config = await read_config(session)
         count = len(config.capabilities)
         _check(count > 0, "the card has no capabilities")
@@ -80,8 +93,8 @@ async def _configuration(path: Path) -> Done:
         return Done(count, "capabilities", remark)
 
 
-async def _registers(path: Path) -> Done:
-    async with client.connect(path) as session:
+async def _registers(stage: Stage) -> Done:
+    async with client.connect(stage.card) as session:
         expected = await session.region_read(RegionIndex.CONFIG, 0, 4)
         start = perf_counter()
         for _ in range(READS):
@@ -91,8 +104,8 @@ async def _registers(path: Path) -> Done:
         return Done(READS, "reads", f"{each * 1e6:.1f} us each, one after another")
 
 
-async def _posted_writes(path: Path) -> Done:
-    async with client.connect(path) as session:
+async def _posted_writes(stage: Stage) -> Done:
+    async with client.connect(stage.card) as session:
         for number in range(POSTED):
             await session.post_write(RegionIndex.BAR2, number % PAGE // 4 * 4, number.to_bytes(4, "little"))
         last = (POSTED - 1) % PAGE // 4 * 4
@@ -101,8 +114,8 @@ async def _posted_writes(path: Path) -> Done:
         return Done(POSTED, "writes", "none answered, all in order")
 
 
-async def _bar_map(path: Path) -> Done:
-    async with client.connect(path) as session:
+async def _bar_map(stage: Stage) -> Done:
+    async with client.connect(stage.card) as session:
         with client.BarMapping(session.regions[RegionIndex.BAR2]) as mapping:
             size = session.regions[RegionIndex.BAR2].size
             pattern = os.urandom(PAGE)
@@ -120,15 +133,17 @@ async def _bar_map(path: Path) -> Done:
             return Done(size // PAGE, "pages", f"{size >> 20} MiB of on-card memory, both ways")
 
 
-async def _dma_map(path: Path) -> Done:
-    async with client.connect(path) as session:
+async def _dma_map(stage: Stage) -> Done:
+    async with client.connect(stage.card) as session:
         fd = os.memfd_create("demo")
         try:
             os.truncate(fd, WINDOW_SIZE)
             for window in range(WINDOWS):
                 await session.dma_map(window * WINDOW_SIZE, WINDOW_SIZE, fd=fd)
             try:
-                await session.dma_map(0, WINDOW_SIZE, fd=fd)
+                # Past the session's own records, which know of the window: it is for the server to refuse.
+                body = DmaMap(DmaMap.size, DmaMapFlags.READ, 0, 0, WINDOW_SIZE)
+                await session.request(Command.DMA_MAP, body, fds=(fd,))
             except client.ServerError:
                 pass
             else:
@@ -140,29 +155,40 @@ async def _dma_map(path: Path) -> Done:
         return Done(WINDOWS, "windows", "mapped, an overlap refused, unmapped")
 
 
-async def _packets(path: Path, wiring: Wiring) -> Done:
-    async with client.connect(path) as session, open_net(session, wiring=wiring) as nic:
+async def _packets(stage: Stage, count: int, **options: Any) -> Done:
+    async with client.connect(stage.card) as session, open_net(session, **options) as nic:
         start = perf_counter()
-        await _send_and_receive(nic, FRAMES)
+        await _send_and_receive(nic, count)
         seconds = perf_counter() - start
         _check(nic.counters.interrupts > 0, "no interrupt came")
-        rate = FRAMES / seconds
+        rate = count / seconds
         return Done(
-            FRAMES, "frames", f"{rate / 1e3:.0f} k/s out and back, {nic.counters.interrupts} interrupts"
+            count, "frames", f"{rate / 1e3:.0f} k/s out and back, {nic.counters.interrupts} interrupts"
         )
 
 
-async def _msix(path: Path) -> Done:
-    return await _packets(path, Wiring.MSIX)
+async def _msix(stage: Stage) -> Done:
+    return await _packets(stage, FRAMES, wiring=Wiring.MSIX)
 
 
-async def _intx(path: Path) -> Done:
-    return await _packets(path, Wiring.INTX)
+async def _intx(stage: Stage) -> Done:
+    return await _packets(stage, FRAMES, wiring=Wiring.INTX)
 
 
-async def _reset(path: Path) -> Done:
+async def _messages_alone(stage: Stage) -> Done:
+    return await _packets(stage, MESSAGE_FRAMES, shared=False, doorbells="message")
+
+
+async def _migration(stage: Stage) -> Done:
+    journey = await travel(stage.card, stage.spare, ROUND_TRIPS)
+    _check(journey.sound, f"{journey.lost} frames lost, {journey.doubled} doubled on the way")
+    remark = f"{journey.received} frames meanwhile, none lost; {journey.downtime_ms:.1f} ms without the card"
+    return Done(len(journey.moves), "moves", remark)
+
+
+async def _reset(stage: Stage) -> Done:
     resets = 10
-    async with client.connect(path) as session:
+    async with client.connect(stage.card) as session:
         for _ in range(resets):
             async with open_net(session) as nic:
                 await _send_and_receive(nic, BURST)
@@ -172,10 +198,10 @@ async def _reset(path: Path) -> Done:
     return Done(resets, "resets", "in the middle of traffic; the next driver starts afresh")
 
 
-async def _reconnect(path: Path) -> Done:
+async def _reconnect(stage: Stage) -> Done:
     clients = 20
     for _ in range(clients):
-        async with client.connect(path) as session:
+        async with client.connect(stage.card) as session:
             _check(not (await read_config(session)).command, "a client left its settings behind")
             async with open_net(session) as nic:
                 await _send_and_receive(nic, BURST)
@@ -216,6 +242,8 @@ ACTS: Final = (
     Act("DMA map", _dma_map),
     Act("packets with MSI-X", _msix),
     Act("packets with INTx", _intx),
+    Act("packets by message", _messages_alone),
+    Act("migration", _migration),
     Act("reset", _reset),
     Act("clients come and go", _reconnect),
 )

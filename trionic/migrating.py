@@ -13,6 +13,7 @@ import statistics
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +25,7 @@ from client.virtio import NetDriver, Wiring, open_net
 from protocol.vfio import RegionFlags, RegionIndex
 from trionic.errors import TrionicError
 
-__all__ = ["Journey", "move", "text"]
+__all__ = ["Journey", "move", "text", "travel"]
 
 # A server that does not answer in this time is stuck, or busy with another client that came before.
 PATIENCE_S: Final = 10.0
@@ -63,6 +64,11 @@ class Journey:
     def lost(self) -> int:
         """Frames that did not come back."""
         return self.sent - (self.received - self.doubled)
+
+    @property
+    def downtime_ms(self) -> float:
+        """How long the card stood still in a move, in the middle of all."""
+        return 1e3 * statistics.median(move.downtime_seconds for move in self.moves)
 
     @property
     def sound(self) -> bool:
@@ -149,32 +155,6 @@ class _Traffic:
             await self._quiet.wait()
 
 
-def move(
-    source: Path,
-    target: Path,
-    rounds: int,
-    *,
-    precopy: bool = True,
-    wiring: Wiring = Wiring.MSIX,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Journey:
-    """Move the card at ``source`` to ``target`` and back, ``rounds`` times, under traffic.
-
-    ``progress`` is told how many moves are done. TrionicError, in one line, if both are the same or
-    either cannot be reached, if the card sends nothing back, or if a move fails: the card is where it was
-    before that move then.
-    """
-    if source.resolve() == target.resolve():
-        raise TrionicError(f"{source} and {target} are the same server; a card moves from one to another")
-    try:
-        return trio.run(_move, source, target, rounds, precopy, wiring, progress)
-    except* client.ClientError as group:
-        first: BaseException = group
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise TrionicError(str(first)) from first
-
-
 class _CardMemory:
     """What the driver keeps in the card's own memory: one page of it is another one before each move."""
 
@@ -204,14 +184,20 @@ class _CardMemory:
             raise client.ClientError("the card's memory is not what it was before the move")
 
 
-async def _move(
+async def travel(
     source: Path,
     target: Path,
     rounds: int,
-    precopy: bool,
-    wiring: Wiring,
-    progress: Callable[[int], None],
+    *,
+    precopy: bool = True,
+    wiring: Wiring = Wiring.MSIX,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Journey:
+    """Move the card at ``source`` to ``target`` and back, ``rounds`` times, under traffic.
+
+    ``progress`` is told how many moves are done. ClientError, in a group too, if either cannot be reached, if
+    the card sends nothing back, or if a move fails: the card is where it was before that move then.
+    """
     journey = Journey()
     async with AsyncExitStack() as stack:
         first, second = [await stack.enter_async_context(_connect(path)) for path in (source, target)]
@@ -237,6 +223,19 @@ async def _move(
     return journey
 
 
+def move(source: Path, target: Path, rounds: int, **options: Any) -> Journey:
+    """`travel` for those without an event loop; TrionicError, in one line, if it fails."""
+    if source.resolve() == target.resolve():
+        raise TrionicError(f"{source} and {target} are the same server; a card moves from one to another")
+    try:
+        return trio.run(partial(travel, source, target, rounds, **options))
+    except* client.ClientError as group:
+        first: BaseException = group
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise TrionicError(str(first)) from first
+
+
 @asynccontextmanager
 async def _connect(path: Path) -> AsyncIterator[client.Session]:
     """A session with a server that answers in time."""
@@ -254,7 +253,7 @@ async def _connect(path: Path) -> AsyncIterator[client.Session]:
 def text(journey: Journey) -> str:
     """What happened, for people."""
     moves = journey.moves
-    downtimes = sorted(1e3 * move.downtime_seconds for move in moves)
+    longest = 1e3 * max(move.downtime_seconds for move in moves)
     ahead = statistics.mean(move.bytes_precopy for move in moves)
     rest = statistics.mean(move.bytes_stopcopy for move in moves)
     lines = (
@@ -264,7 +263,7 @@ def text(journey: Journey) -> str:
         ("doubled", str(journey.doubled)),
         ("overtaken", str(journey.overtaken)),
         ("memory", f"{journey.memory >> 10} KiB on the card, the same after each move"),
-        ("downtime", f"{statistics.median(downtimes):.1f} ms, {downtimes[-1]:.1f} ms at most"),
+        ("downtime", f"{journey.downtime_ms:.1f} ms, {longest:.1f} ms at most"),
         ("state", f"{ahead / 1024:,.0f} KiB while running, {rest / 1024:,.0f} KiB while stopped"),
     )
     return "\n".join(f"{name:<10} {value}" for name, value in lines)

@@ -20,7 +20,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 
 from client import ClientError
-from trionic.demonstration import ACTS, PATIENCE_S, DemoError, Done
+from trionic.demonstration import ACTS, PATIENCE_S, DemoError, Done, Stage
 from trionic.errors import TrionicError
 
 __all__ = ["run"]
@@ -62,20 +62,20 @@ async def _play() -> int:
         console.width = _FILE_WIDTH
     lines = [_Line("server start"), *(_Line(act.name) for act in ACTS)]
     with tempfile.TemporaryDirectory(prefix="trionic-") as folder:
-        path = Path(folder) / "card.sock"
+        stage = Stage(Path(folder) / "card.sock", Path(folder) / "spare.sock")
         with Live(console=console, get_renderable=lambda: _table(lines), transient=False):
             start = perf_counter()
             lines[0].running = True
-            async with _served(path):
+            async with _served(stage.card), _served(stage.spare):
                 lines[0].seconds = perf_counter() - start
                 lines[0].running = False
-                lines[0].done = Done(1, "card", "loopback port, listening")
+                lines[0].done = Done(2, "cards", "loopback ports, listening")
                 for act, line in zip(ACTS, lines[1:], strict=True):
                     line.running = True
                     start = perf_counter()
                     try:
                         with trio.fail_after(PATIENCE_S):
-                            line.done = await act.play(path)
+                            line.done = await act.play(stage)
                     except trio.TooSlowError:
                         line.failure = f"not done within {PATIENCE_S:g} s"
                     except (ClientError, DemoError, OSError) as error:

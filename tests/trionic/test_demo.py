@@ -8,7 +8,7 @@ import pytest
 from tests.trionic.command import PATIENCE_S, run, start
 from trionic import demonstration, theatre
 from trionic.cli._group import INTERRUPTED
-from trionic.demonstration import ACTS, Act, DemoError, Done
+from trionic.demonstration import ACTS, Act, DemoError, Done, Stage
 from trionic.theatre import FAILED
 
 
@@ -22,11 +22,11 @@ def test_everything_is_played_counted_and_timed() -> None:
         assert any(word in act.name for act in ACTS)
 
 
-async def _fail(_: Path) -> Done:
+async def _fail(_: Stage) -> Done:
     raise DemoError("the card is on fire")
 
 
-async def _hang(_: Path) -> Done:
+async def _hang(_: Stage) -> Done:
     import trio
 
     await trio.sleep_forever()
