@@ -25,7 +25,7 @@ DEFAULT_COMMAND = f"{shlex.quote(sys.executable)} -m trionic serve --log-level w
 START_PATIENCE = 10.0
 
 
-def _compile(name: str, source: Path, flags: Sequence[str] = ()) -> Path:
+def compiled(name: str, source: Path, flags: Sequence[str] = ()) -> Path:
     """One C file as a program in the cache; edited sources and other flags give another program."""
 
     def build(work: Path) -> None:
@@ -39,12 +39,12 @@ def _compile(name: str, source: Path, flags: Sequence[str] = ()) -> Path:
 
 def register_client() -> Path:
     """The C client that measures every server."""
-    return _compile("register_client", HERE / "_c_client" / "register_client.c")
+    return compiled("register_client", HERE / "_c_client" / "register_client.c")
 
 
 def libvfio_user_command(*, poll: bool = False) -> str:
     """The C server to compare with, as a command whose ``{socket}`` is to be filled in."""
-    program = _compile(
+    program = compiled(
         "lvu_register_server", HERE / "peers" / "lvu_register_server.c", libvfio_user().compile_flags
     )
     return f"{shlex.quote(str(program))} {'--poll ' if poll else ''}{{socket}}"
