@@ -49,6 +49,7 @@ class Quirk(Enum):
     REPEATED_IDS = 17
     LONG_IO_FDS = 18
     LONG_MIGRATION_DATA = 19
+    BASE_ONLY_DMA = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +163,12 @@ QUIRKS: Final[dict[Quirk, About]] = {
         Peer.LIBVFIO_USER_SERVER,
         "sends as many bytes of migration data as were asked for, even when fewer of them count",
         "the engine cuts the data of MIG_DATA_READ to its length",
+    ),
+    Quirk.BASE_ONLY_DMA: About(
+        Peer.LIBVFIO_USER_SERVER,
+        "asks by DMA_READ and DMA_WRITE for the beginning of a window, wherever in it its device wants to be "
+        "(until 2023; QEMU's own tree has it)",
+        "nothing can mend it: what it asks for is answered. Memory that is shared does not need messages",
     ),
 }
 
