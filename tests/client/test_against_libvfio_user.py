@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from errno import EFAULT, ENOENT
 from pathlib import Path
 
 import pytest
 import trio
 
 import client
-from bench._servers import Server, libvfio_user_command
+from bench._servers import Server, compiled, libvfio_user_command
 from client.pci import read_config
-from protocol.vfio import RegionFlags, RegionIndex
+from protocol.quirks import Overrides, Quirk
+from protocol.vfio import DmaMapFlags, Feature, RegionFlags, RegionIndex
 from tests.conftest import cannot
 from tests.peers.cache import PeerError
+from tests.peers.libvfio_user import libvfio_user
 
 PATIENCE = 20
 
@@ -26,6 +32,14 @@ def command() -> str:
         return libvfio_user_command()
     except PeerError as error:
         cannot(f"libvfio-user cannot be had here: {error}")
+
+
+@pytest.fixture(scope="module")
+def dma_command(command: str) -> str:
+    """How to start the server that reaches memory by message; `command` has shown that one can be built."""
+    source = Path(__file__).with_name("lvu_dma_server.c")
+    program = compiled("lvu_dma_server", source, libvfio_user().compile_flags)
+    return f"{shlex.quote(str(program))} {{socket}}"
 
 
 @asynccontextmanager
@@ -92,3 +106,86 @@ async def test_it_can_be_reset(command: str, tmp_path: Path) -> None:
     async with session_with(command, tmp_path / "lvu.sock") as session:
         await session.reset()
         assert len(await session.region_read(RegionIndex.CONFIG, 0, 64)) == 64
+
+
+BUFFER = 0x800
+"""Where the DMA server's BAR0 has what it read, or writes."""
+
+
+async def dma(session: client.Session, address: int, length: int, command: int) -> int:
+    """Let the server read (1) or write (2) client memory by message; its errno."""
+    await session.region_write(RegionIndex.BAR0, 0, struct.pack("=QI", address, length))
+    await session.region_write(RegionIndex.BAR0, 12, struct.pack("=I", command))
+    return int.from_bytes(await session.region_read(RegionIndex.BAR0, 16, 4), "little")
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "by message alone"])
+async def test_it_reads_and_writes_our_memory_by_message(
+    dma_command: str, tmp_path: Path, shared: bool
+) -> None:
+    async with (
+        session_with(dma_command, tmp_path / "lvu.sock") as session,
+        client.dma_memory(session, 8192, shared=shared) as memory,
+    ):
+        content = os.urandom(2048)
+        memory.view[:2048] = content
+        assert await dma(session, memory.iova, 2048, 1) == 0
+        assert await session.region_read(RegionIndex.BAR0, BUFFER, 2048) == content
+        written = os.urandom(2048)
+        await session.region_write(RegionIndex.BAR0, BUFFER, written)
+        assert await dma(session, memory.iova, 2048, 2) == 0
+        assert bytes(memory.view[:2048]) == written
+        assert not any(memory.view[2048:])
+
+
+async def test_it_asks_for_the_beginning_of_a_window_only(dma_command: str, tmp_path: Path) -> None:
+    async with session_with(dma_command, tmp_path / "lvu.sock") as session:
+        assert Quirk.BASE_ONLY_DMA in session.connection.quirks
+        async with client.dma_memory(session, 4096, shared=False) as memory:
+            memory.view[:8] = b"base1234"
+            assert await dma(session, memory.iova + 4, 4, 1) == 0
+            assert await session.region_read(RegionIndex.BAR0, BUFFER, 4) == b"base"
+
+
+async def test_our_refusals_reach_its_device(dma_command: str, tmp_path: Path) -> None:
+    async with session_with(dma_command, tmp_path / "lvu.sock") as session:
+        flags = DmaMapFlags.READ | DmaMapFlags.WRITE
+        assert await dma(session, 0x5000, 4, 1) == ENOENT, "the library itself has no such window"
+        await session.dma_map(0x5000, 4096, flags)  # no memory of ours behind it
+        assert await dma(session, 0x5000, 4, 1) == EFAULT
+        assert await dma(session, 0x5000, 4, 2) == EFAULT
+        await session.dma_unmap(0x5000, 4096)
+
+
+async def test_long_writes_reach_it_in_pieces_that_it_reads_whole(dma_command: str, tmp_path: Path) -> None:
+    path = tmp_path / "lvu.sock"
+    async with session_with(dma_command, path) as session:
+        assert session.max_write < 1 << 15 < session.max_read
+        data = os.urandom(2048)
+        for _ in range(200):
+            await session.post_write(RegionIndex.BAR0, BUFFER, data)
+        assert await session.region_read(RegionIndex.BAR0, BUFFER, 2048) == data
+    server = Server(dma_command, path)
+    try:
+        await trio.to_thread.run_sync(server.wait_until_listening)
+        async with client.connect(path, quirks=Overrides(never=frozenset({Quirk.WHOLE_BODIES}))) as session:
+            assert session.max_write == session.max_read
+    finally:
+        server.stop()
+
+
+async def test_its_doorbells_are_eventfds(dma_command: str, tmp_path: Path) -> None:
+    async with session_with(dma_command, tmp_path / "lvu.sock") as session:
+        with await session.io_fds(RegionIndex.BAR0) as io_fds:
+            fd = io_fds.find(0x20, 4, 7)
+            assert fd is not None
+            assert io_fds.find(0x24, 4, 7) is None
+            os.eventfd_write(fd, 1)
+        with pytest.raises(client.ServerError, match="EINVAL"):
+            await session.io_fds(RegionIndex.CONFIG)
+
+
+async def test_it_cannot_be_moved(dma_command: str, tmp_path: Path) -> None:
+    async with session_with(dma_command, tmp_path / "lvu.sock") as session:
+        assert not await session.feature_probe(Feature.MIGRATION)
+        assert not await session.feature_probe(Feature.DMA_LOGGING_START)
