@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,6 +45,7 @@ class Driver:
         self.function.region_write(CONFIG_REGION, 4, struct.pack("<H", MEMORY_AND_BUS_MASTER))
         self.features = Feature(0)
         self._posted: dict[int, int] = {}
+        self._unread: deque[bytes] = deque()
 
     def close(self) -> None:
         self.memory.close()
@@ -146,12 +148,13 @@ class Driver:
         return frames
 
     async def receive(self) -> bytes:
-        """The next frame, from a card that runs; any that come with it are lost."""
-        while True:
+        """The next frame, from a card that runs; those that come with it are given next."""
+        while not self._unread:
             self.rx.set_used_event(self.rx.used_seen)  # an interrupt for the next one, please
-            if frames := self.received():
-                return frames[0]
-            await self.interrupted(RX_QUEUE)
+            self._unread.extend(self.received())
+            if not self._unread:
+                await self.interrupted(RX_QUEUE)
+        return self._unread.popleft()
 
     def command(self, *parts: bytes, room: int = 1) -> int | None:
         """Execute a control command, its bytes in `parts`; the answer, or None if it was not given."""
