@@ -25,3 +25,4 @@ cdef class SharedFiles:
     cdef int lost(self)
     cdef void *_mmap(self, int fd, uint64_t first, uint64_t length, int access) except NULL
     cdef int _remap(self, int index, int fd, uint64_t length) except -1
+    cdef uint64_t _mapped(self) noexcept

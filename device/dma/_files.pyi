@@ -1,1 +1,2 @@
 MAX_BACKINGS: int
+MAX_MAPPED: int

@@ -25,10 +25,14 @@ cdef extern from "_sigbus.h" nogil:
     int trionic_guard_add(void *start, size_t length, size_t page)
     void trionic_guard_remove(int slot)
     const int *trionic_guard_lost(int slot)
+
+cdef extern from "_filesystems.h" nogil:
+    bint trionic_is_local(int fd)
     size_t trionic_page_of(int fd)
 
 
 MAX_BACKINGS = 1024             # distinct files; a machine has a handful, and each is mapped whole
+MAX_MAPPED = 1 << 43            # bytes of them: 8 TiB, of the 128 TiB that a process has for all its cards
 
 NO_GUARD = "no guard left for more shared memory"
 
@@ -57,6 +61,8 @@ cdef class SharedFiles:
         cdef int index = -1
         cdef uint64_t first = 0, length
         cdef void *start
+        if not trionic_is_local(fd):
+            self._refuse(fd)
         try:
             info = os.fstat(fd)
             access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
@@ -106,11 +112,30 @@ cdef class SharedFiles:
 
     cdef void *_mmap(self, int fd, uint64_t first, uint64_t length, int access) except NULL:
         cdef int protection = PROT_READ | (PROT_WRITE if access == os.O_RDWR else 0)
-        cdef void *start = mmap(NULL, length, protection, MAP_SHARED | MAP_NORESERVE, fd, <off_t> first)
+        cdef void *start
+        if length > MAX_MAPPED or self._mapped() > MAX_MAPPED - length:
+            raise DeviceError(errno.ENOMEM, f"windows may use files of {MAX_MAPPED:#x} bytes together")
+        start = mmap(NULL, length, protection, MAP_SHARED | MAP_NORESERVE, fd, <off_t> first)
         if start == MAP_FAILED:
             raise DeviceError(
                 c_errno, f"mapping {length:#x} bytes of a window's file failed: {os.strerror(c_errno)}")
         return start
+
+    cdef uint64_t _mapped(self) noexcept:
+        cdef size_t i
+        cdef uint64_t total = 0
+        for i in range(self._count):
+            if self.backings[i].references:
+                total += self.backings[i].length
+        return total
+
+    def _refuse(self, int fd):
+        try:
+            os.fstatvfs(fd)
+        except OSError as error:
+            raise DeviceError(error.errno, f"the window's file descriptor: {error.strerror}") from None
+        raise DeviceError(
+            errno.EINVAL, "the window's file is neither memory nor on a disk of this machine")
 
     cdef int _remap(self, int index, int fd, uint64_t length) except -1:
         """The file has grown: map it whole again; windows refer to it by index, so they follow."""

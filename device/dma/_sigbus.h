@@ -14,8 +14,6 @@
 #include <stddef.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/vfs.h>
-#include <unistd.h>
 
 /* One slot per file that peers share with this process; a guest has one or two, tests a few hundred. */
 #define TRIONIC_GUARD_SLOTS 4096
@@ -88,14 +86,5 @@ static const int *trionic_guard_lost(int slot)
     return &trionic_guards[slot].lost;
 }
 
-
-/* The smallest piece of a mapping of this file that can be replaced by another: the huge page on hugetlbfs. */
-static size_t trionic_page_of(int fd)
-{
-    struct statfs fs;
-    if (fstatfs(fd, &fs) == 0 && (unsigned long)fs.f_type == 0x958458f6ul /* HUGETLBFS_MAGIC, linux/magic.h */)
-        return (size_t)fs.f_bsize;
-    return (size_t)sysconf(_SC_PAGESIZE);
-}
 
 #endif
