@@ -162,9 +162,10 @@ _EVERYWHERE: Final = tuple(Generation)
 _SETUP_DMA_3: Final = Function(c_int, (_CONTEXT, CALLBACKS["dma"], CALLBACKS["dma"]))
 _SETUP_DMA_4: Final = Function(c_int, (_CONTEXT, c_size_t, CALLBACKS["dma"], CALLBACKS["dma"]))
 
+_SGL_4: Final = Function(c_int, (_CONTEXT, c_void_p, c_size_t, c_void_p))
 # `flags` came in April 2026, three weeks after the generation's mark. To hand an argument to a function that
 # does not look at it is safe in the C calling conventions of Linux; to leave out one that it takes is not.
-_SGL_ACCESS: Final = Function(c_int, (_CONTEXT, c_void_p, c_size_t, c_void_p, c_int))
+_SGL_5: Final = Function(c_int, (*_SGL_4.arguments, c_int))
 
 _MODERN: Final = (Generation.V2023, Generation.V2026)
 
@@ -223,13 +224,13 @@ FUNCTIONS: Final[dict[str, dict[Generation, Function]]] = {
             _MODERN,
             Function(c_int, (_CONTEXT, c_void_p, c_size_t, c_void_p, c_size_t, c_int)),
         ),
-        ("vfu_sgl_read", _MODERN, _SGL_ACCESS),
-        ("vfu_sgl_write", _MODERN, _SGL_ACCESS),
     )
 } | {
     "vfu_setup_device_dma": {
         Generation.V2022: _SETUP_DMA_3,
         Generation.V2023: _SETUP_DMA_3,
         Generation.V2026: _SETUP_DMA_4,
-    }
+    },
+    "vfu_sgl_read": {Generation.V2023: _SGL_4, Generation.V2026: _SGL_5},
+    "vfu_sgl_write": {Generation.V2023: _SGL_4, Generation.V2026: _SGL_5},
 }

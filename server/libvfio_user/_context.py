@@ -28,6 +28,7 @@ from server.libvfio_user._abi import (
     DEVICE_PCI,
     MIGRATION_CALLBACKS_VERSION,
     PCI_EXPRESS,
+    SGL_DIRECT_ACCESS,
     TRANSPORT_SOCKET,
     DmaInfo,
     Generation,
@@ -48,6 +49,8 @@ _MAX_WINDOWS: Final = 1_000_000
 
 # What a size_t kept in 32 bits can say (`Limit.REGION_SIZE`).
 _MAX_REGION_2022: Final = (1 << 32) - 1
+
+_PROT_READ, _PROT_WRITE = 1, 2  # sys/mman.h
 
 _MASKABLE: Final = (IrqKind.INTX, IrqKind.MSI, IrqKind.MSIX)
 
@@ -175,6 +178,26 @@ class Context:
     def trigger(self, number: int) -> None:
         """Signal the client's eventfd; `LibraryError` with ENOENT when there is none."""
         self.library.vfu_irq_trigger(self.handle, number)
+
+    def read_memory(self, iova: int, length: int) -> bytes:
+        """The client's bytes, by message if need be; `LibraryError`."""
+        data = ctypes.create_string_buffer(length)
+        self._access(self.library.vfu_sgl_read, iova, data, _PROT_READ)
+        return data.raw
+
+    def write_memory(self, iova: int, data: bytes) -> bytes:
+        """Write to the client's memory, by message if need be; `LibraryError`. Returns nothing."""
+        self._access(
+            self.library.vfu_sgl_write, iova, ctypes.create_string_buffer(data, len(data)), _PROT_WRITE
+        )
+        return b""
+
+    def _access(self, access: Callable[..., object], iova: int, data: Any, prot: int) -> None:
+        library = self.library
+        place = ctypes.create_string_buffer(library.dma_sg_size())
+        library.vfu_addr_to_sgl(self.handle, iova, len(data), place, 1, prot)
+        flags = (SGL_DIRECT_ACCESS,) if library.generation is Generation.V2026 else ()
+        access(self.handle, place, 1, data, *flags)
 
     def _call(self, function: Callable[[int], object]) -> None:
         try:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import array
 import os
 import socket
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from server._descriptors import close_all
 from server.libvfio_user._context import Context
 from server.libvfio_user.library import LibraryError
 
@@ -27,11 +27,12 @@ _REPLY_SIZE: Final = 4096
 _REPLY_FDS: Final = 1
 
 
-def hand_over(context: Context, client: socket.socket, path: Path, version: bytes) -> None:
+def hand_over(context: Context, client: socket.socket, path: Path, version: bytes) -> int | None:
     """Let ``context``, which listens at ``path``, negotiate by ``version`` with ``client`` and take it over.
 
-    ``client`` stays the caller's; both ends of it then read from one stream. `LibraryError` if the library
-    refuses the client, who has been told, or OSError if it is gone.
+    ``client`` stays the caller's; both ends of it then read from one stream. The client's end of a twin
+    socket, if one was agreed on, becomes the caller's. `LibraryError` if the library refuses the client, who
+    has been told, or OSError if it is gone.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as private:
         private.connect(os.fspath(path))
@@ -42,14 +43,14 @@ def hand_over(context: Context, client: socket.socket, path: Path, version: byte
             context.attach()
         except LibraryError as error:
             refused = error
-        with suppress(BlockingIOError, ConnectionError):
-            reply, fds, _, _ = socket.recv_fds(private, _REPLY_SIZE, _REPLY_FDS)
-            try:
-                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-                client.sendmsg([reply], rights, socket.MSG_NOSIGNAL)
-            finally:
-                for fd in fds:
-                    os.close(fd)
-        if refused is not None:
-            raise refused
-        os.dup2(client.fileno(), context.fd, inheritable=False)
+        reply, fds, _, _ = socket.recv_fds(private, _REPLY_SIZE, _REPLY_FDS)
+        try:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            client.sendmsg([reply], rights, socket.MSG_NOSIGNAL)
+            if refused is not None:
+                raise refused
+            os.dup2(client.fileno(), context.fd, inheritable=False)
+        except BaseException:
+            close_all(fds)
+            raise
+        return fds[0] if fds else None

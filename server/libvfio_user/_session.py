@@ -14,6 +14,7 @@ import struct
 import sys
 import termios
 import time
+from contextlib import ExitStack, suppress
 from errno import ENOTCONN
 from pathlib import Path
 from typing import Final
@@ -24,9 +25,12 @@ from device.function import PciFunction
 from protocol.errors import RemoteProtocolError
 from protocol.limits import HEADER_SIZE, MAX_VERSION_DATA, SessionLimits
 from protocol.messages import Header
+from server._descriptors import close_all
+from server._wire import ClientDroppedError, ClientLeftError
 from server.libvfio_user._context import Context
 from server.libvfio_user._handover import hand_over
 from server.libvfio_user._interrupts import Bridge
+from server.libvfio_user._remote import TwinMemory
 from server.libvfio_user._screen import LONGEST_LOOK, Screen, parse_header, refusal
 from server.libvfio_user._told import Told, log
 from server.libvfio_user.library import Library, LibraryError
@@ -40,17 +44,12 @@ _REST_PAUSE: Final = 0.001  # nothing wakes us when more of a message has come
 # Seconds that one reply may take to leave, for the library sends it in a call that waits.
 _REPLY_PATIENCE: Final = 1
 
+# The library asks in pieces of what the client takes; more at once would only hold its thread longer.
+_MAX_DMA_BY_MESSAGE: Final = 1 << 20
+
 _MAX_VERSION_SIZE: Final = HEADER_SIZE + 4 + MAX_VERSION_DATA
 
 _TIMEVAL: Final = "@ll"  # struct timeval
-
-
-class _ClientLeftError(Exception):
-    """The client hung up."""
-
-
-class _ClientDroppedError(Exception):
-    """The client is hung up on, for the reason told."""
 
 
 class Session:
@@ -84,29 +83,45 @@ class Session:
             try:
                 version = await self._version()
                 await self._serve(version)
-            except _ClientLeftError:
+            except ClientLeftError:
                 log.info("%s: client left", self._function.name)
-            except _ClientDroppedError as reason:
+            except ClientDroppedError as reason:
                 log.warning("%s: client dropped: %s", self._function.name, reason)
 
     async def _serve(self, version: bytes) -> None:
-        context = Context(self._library, self._function, self._path, self._told)
-        try:
+        with ExitStack() as ending:
+            context = Context(self._library, self._function, self._path, self._told)
+            ending.callback(context.close)
             try:
-                hand_over(context, self._socket, self._path, version)
+                twin = hand_over(context, self._socket, self._path, version)
             except (LibraryError, OSError) as error:
-                raise _ClientDroppedError(f"VERSION: {error}") from None
+                raise ClientDroppedError(f"VERSION: {error}") from None
+            ending.callback(context.lost)
+            if twin is not None:
+                self._reach_memory(
+                    TwinMemory(context, twin, self._limits.dma_deadline, self._hang_up), ending
+                )
             self._let_wait()
-            try:
-                bridge = Bridge(self._function, context.trigger, self._told)
-                try:
-                    await self._until_the_end(context, bridge)
-                finally:
-                    bridge.close()
-            finally:
-                context.lost()
-        finally:
-            context.close()
+            bridge = Bridge(self._function, context.trigger, self._told)
+            ending.callback(bridge.close)
+            await self._until_the_end(context, bridge)
+
+    def _reach_memory(self, memory: TwinMemory, ending: ExitStack) -> None:
+        dma = self._function.dma
+
+        def forget() -> None:
+            memory.close()
+            with self._function.gate:
+                dma.remote = None
+
+        ending.callback(forget)
+        with self._function.gate:
+            dma.remote_limit = _MAX_DMA_BY_MESSAGE
+            dma.remote = memory
+
+    def _hang_up(self) -> None:
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     async def _until_the_end(self, context: Context, bridge: Bridge) -> None:
         end: Exception | None = None
@@ -114,7 +129,7 @@ class Session:
             nursery.start_soon(bridge.run)
             try:
                 await self._drain(context, bridge)
-            except (_ClientLeftError, _ClientDroppedError) as reason:
+            except (ClientLeftError, ClientDroppedError) as reason:
                 end = reason
                 nursery.cancel_scope.cancel()
         if end is not None:
@@ -154,9 +169,9 @@ class Session:
         except BlockingIOError:
             raise
         except OSError:
-            raise _ClientLeftError from None
+            raise ClientLeftError from None
         if not look:
-            raise _ClientLeftError
+            raise ClientLeftError
         return look
 
     def _look(self) -> bytes:
@@ -179,9 +194,9 @@ class Session:
             await trio.lowlevel.wait_readable(self._socket)
             header, _ = await self._whole(self._peek())
             if header.message_size > _MAX_VERSION_SIZE:
-                raise _ClientDroppedError(f"VERSION of {header.message_size} bytes")
+                raise ClientDroppedError(f"VERSION of {header.message_size} bytes")
             return self._socket.recv(header.message_size)
-        raise _ClientDroppedError("it does not say VERSION")
+        raise ClientDroppedError("it does not say VERSION")
 
     async def _whole(self, look: bytes) -> tuple[Header, bytes]:
         """The header of the message that begins with ``look``, and its start, once all of it is there."""
@@ -191,18 +206,18 @@ class Session:
                     await trio.sleep(_REST_PAUSE)
                     look = self._peek()
             if len(look) < HEADER_SIZE:
-                raise _ClientDroppedError("it sent a part of a header and no more")
+                raise ClientDroppedError("it sent a part of a header and no more")
         try:
             header = parse_header(look)
         except RemoteProtocolError as error:
-            raise _ClientDroppedError(str(error)) from None
+            raise ClientDroppedError(str(error)) from None
         if header.message_size > len(look) and header.message_size > self._untaken():
             with trio.move_on_after(_REST_DEADLINE):
                 while header.message_size > self._untaken():
                     await trio.sleep(_REST_PAUSE)
                     look = self._peek()  # raises when the client has left instead
             if header.message_size > self._untaken():
-                raise _ClientDroppedError(
+                raise ClientDroppedError(
                     f"of a message of {header.message_size} bytes only {self._untaken()} came at once"
                 )
         return header, look
@@ -218,15 +233,14 @@ class Session:
         with trio.move_on_after(self._limits.send_deadline):
             await trio.lowlevel.wait_writable(self._socket)
             return
-        raise _ClientDroppedError("it takes no replies")
+        raise ClientDroppedError("it takes no replies")
 
     def _refuse(self, header: Header, number: int) -> None:
         """Take the message from the library and answer it; what descriptors it brought are closed."""
         left = header.message_size
         while left:
             data, fds, _, _ = socket.recv_fds(self._socket, left, 253, socket.MSG_DONTWAIT)
-            for fd in fds:
-                os.close(fd)
+            close_all(fds)
             left -= len(data)
         log.debug("%s: command %d refused: %s", self._function.name, header.command, os.strerror(number))
         reply = refusal(header, number)
@@ -234,7 +248,7 @@ class Session:
             try:
                 self._socket.send(reply, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
             except OSError:
-                raise _ClientLeftError from None
+                raise ClientLeftError from None
 
     def _let_wait(self) -> None:
         """Give the connection the flags that the library expects, and an end to its waiting."""
@@ -244,5 +258,5 @@ class Session:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
 
 
-def _gone(error: LibraryError) -> _ClientLeftError | _ClientDroppedError:
-    return _ClientLeftError() if error.errno == ENOTCONN else _ClientDroppedError(str(error))
+def _gone(error: LibraryError) -> ClientLeftError | ClientDroppedError:
+    return ClientLeftError() if error.errno == ENOTCONN else ClientDroppedError(str(error))

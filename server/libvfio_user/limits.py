@@ -15,6 +15,7 @@ __all__ = ["Limit", "limits_of"]
 
 _OLD: Final = frozenset({Generation.V2022})
 _MODERN: Final = frozenset({Generation.V2023, Generation.V2026})
+_UNTIL_2026: Final = frozenset({Generation.V2022, Generation.V2023})
 _ALL: Final = frozenset(Generation)
 
 
@@ -94,7 +95,7 @@ class Limit(Enum):
 
     DMA_WINDOWS = (
         "dma-windows",
-        _OLD,
+        _UNTIL_2026,
         "a client has 16 DMA windows at most",
         "MAX_DMA_REGIONS",
     )
@@ -110,9 +111,16 @@ class Limit(Enum):
         "memory that came without a descriptor can be reached by clients with a twin socket only",
         "a request of the client that crosses the library's own on one socket is lost (issue 279)",
     )
+    MESSAGE_DMA_HOLDS = (
+        "message-dma-holds",
+        _MODERN,
+        "while the client is asked for its memory, no card of the process is served; a client that does not"
+        " answer in time loses its session",
+        "vfu_sgl_read and vfu_sgl_write wait in the thread that handles messages",
+    )
     REGION_SIZE = (
         "region-size",
-        _OLD,
+        _UNTIL_2026,
         "a BAR is smaller than 4 GiB",
         "the library keeps sizes in 32 bits",
     )
