@@ -11,8 +11,9 @@ from device.pci.memory_bar import MemoryBar
 
 MEMORY = b"MEM\0"
 
-# On-card memory is sent ahead once, and what changed meanwhile once more.
-PASSES = 2
+# On-card memory is sent ahead whole, what changed meanwhile a few times more, and a last time after the stop.
+# A card that is written to all the time must not keep a client reading.
+PASSES_AHEAD = 8
 
 # Bytes of a stream beside on-card memory: the parts, of which a full loopback is the largest with 4 MiB.
 MAX_STATE = 32 << 20
@@ -38,9 +39,12 @@ class Outgoing:
         self._writer = StreamWriter(identity)
         self._memory = [MemorySource(bar) for bar in memory]
         self._sections = self._changed()
+        self._passes_left = PASSES_AHEAD
+        self._found = False
         self._last = False
 
     def _changed(self) -> Iterator[Section]:
+        """One pass over the memory."""
         for source in self._memory:
             for payload in source.changed():
                 yield MEMORY, payload
@@ -55,14 +59,24 @@ class Outgoing:
         """The next bytes, at most `size`; fewer when there are no more, until `finish` for now."""
         while self._writer.waiting < size:
             section = next(self._sections, None)
-            if section is not None:
-                self._writer.section(*section)
-            else:
-                if self._last:
-                    self._writer.finish()
-                    self._last = False
+            if section is None:
+                self._pass_over()
                 break
+            self._writer.section(*section)
+            self._found = True
         return self._writer.take(size)
+
+    def _pass_over(self) -> None:
+        """End the stream, or let the next read look for changes; a pass that found none does not count."""
+        if self._last:
+            self._writer.finish()
+            self._last = self._found = False
+            self._passes_left = 0
+            return
+        self._passes_left -= self._found
+        self._found = False
+        if self._passes_left > 0:
+            self._sections = self._changed()
 
 
 class Incoming:
@@ -76,7 +90,7 @@ class Incoming:
         self._reader = StreamReader(
             identity,
             {MEMORY: MAX_SECTION, **dict.fromkeys(parts, MAX_PAYLOAD)},
-            PASSES * room * (PAGE + MAX_SECTION - RUN + 8) // PAGE + MAX_STATE,
+            (PASSES_AHEAD + 1) * room * (PAGE + MAX_SECTION - RUN + 8) // PAGE + MAX_STATE,
         )
         self._parts = parts
         self._staged: dict[bytes, Callable[[], None]] = {}

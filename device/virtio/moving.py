@@ -19,6 +19,7 @@ _DEVICE = struct.Struct("<BBHQIIH")
 # size, desc, driver, device as written; enabled, event index, indirect; the first four as enabled; indices
 # (last_avail, used_index), vector, why it is broken
 _QUEUE = struct.Struct("<HQQQBBBHQQQHHHB")
+_NOT_IN_USE = (0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +63,21 @@ class TransportState:
             *transport.common.selectors,
         )
         for queue, setup in zip(transport.queues, transport.setups, strict=True):
-            saved += _QUEUE.pack(
-                setup.size,
-                setup.desc,
-                setup.driver,
-                setup.device,
-                queue.enabled,
+            in_use = (
                 queue.event_index,
                 queue.indirect,
                 queue.size,
                 queue.descriptor_address,
                 queue.driver_address,
                 queue.device_address,
+            )
+            saved += _QUEUE.pack(
+                setup.size,
+                setup.desc,
+                setup.driver,
+                setup.device,
+                queue.enabled,
+                *(in_use if queue.enabled else _NOT_IN_USE),
                 queue.last_avail,
                 queue.used_index,
                 queue.vector,
