@@ -7,6 +7,7 @@ from pathlib import Path
 
 import trio
 
+from device.dma import DmaWindows
 from device.function import Bar, BarKind, Handler, Identity, MemoryBar, PciFunction, ResetKind
 from device.pci.capabilities import Msi, Msix, PciExpress, PowerManagement
 from server import SessionLimits, serve
@@ -44,7 +45,9 @@ class Registers:
 class Card:
     """A function with registers in BAR 0, mappable memory in BAR 2, and every kind of interrupt."""
 
-    def __init__(self, name: str = "card", registers: Handler | None = None) -> None:
+    def __init__(
+        self, name: str = "card", registers: Handler | None = None, dma: DmaWindows | None = None
+    ) -> None:
         self.registers = Registers()
         bar0 = Bar(0, PAGE)
         bar0.claim(0, 256, registers or self.registers)
@@ -59,6 +62,7 @@ class Card:
                 Msix(VECTORS, table_bar=0, table_offset=0x400, pba_offset=0x800),
                 PciExpress(),
             ],
+            dma=dma,
         )
         self.resets: list[ResetKind] = []
         self.function.on_reset = self.resets.append
@@ -112,11 +116,12 @@ async def world(
     limits: SessionLimits | None = None,
     poll_us: int = 0,
     by: Callable[..., Awaitable[None]] = serve,
+    card: Card | None = None,
 ) -> AsyncIterator[World]:
     """Serve a card `by` an engine; at the end the server is cancelled, and no descriptor may be left."""
     path = tmp_path / "card.sock"
     with no_fd_leaks():
-        card = Card()
+        card = card or Card()
         async with AsyncExitStack() as clients, trio.open_nursery() as nursery:
 
             async def start(task_status: trio.TaskStatus[None]) -> None:
