@@ -63,8 +63,8 @@ class Limit(Enum):
     MIGRATION_STATES = (
         "migration-states",
         _MODERN,
-        "there is no P2P state and no ERROR, in STOP and STOP_COPY most requests are refused, even DEVICE_RESET,"
-        " which does not lead back to RUNNING from other states either",
+        "there is no P2P state and no ERROR; in STOP and STOP_COPY most requests are refused, even"
+        " DEVICE_RESET, which does not lead back to RUNNING from other states either",
         "upstream's migration.c and should_exec_command",
     )
     IO_EVENTFDS = (
