@@ -163,7 +163,8 @@ class Session:
     async def _work_off(self) -> None:
         """Handle what was understood, one after the other."""
         while self._events:
-            self._leave_if_broken()
+            if self._kept_too_much:
+                raise ClientDroppedError("it asks for much and does not answer")
             event = self._events.popleft()
             try:
                 await self._answer(event)
@@ -184,6 +185,10 @@ class Session:
                 await self._send(self._engine.error(event, event.errno))
             case Negotiated():
                 await self._agree(event)
+            case Broken():
+                if event.farewell:
+                    self._wire.put(event.farewell)
+                raise ClientDroppedError(event.error)
             case _:
                 pass  # nothing is posted by a server, so there are no strays
 
@@ -192,10 +197,7 @@ class Session:
             answer = handle(self._function, request, self._terms)
             self._resample.follow(request)
         except Exception as error:
-            refusal = self._failed(request.command, error)
-            return b"" if self._engine.closed else self._engine.error(request, refusal), ()
-        if self._engine.closed:
-            return b"", ()  # it broke the protocol while the handler waited for its memory
+            return self._engine.error(request, self._failed(request.command, error)), ()
         return self._engine.reply(request, answer.body, answer.data, answer.fds), answer.fds
 
     async def _send(self, message: bytes, fds: Sequence[int] = ()) -> None:
@@ -208,17 +210,6 @@ class Session:
     async def _flush(self) -> None:
         await self._wire.flush()
         self._drain.held = False
-
-    def _leave_if_broken(self) -> None:
-        """The client broke the protocol: tell it, if its message can be answered, and let go of it."""
-        if self._kept_too_much:
-            raise ClientDroppedError("it asks for much and does not answer")
-        if self._engine.closed:
-            for event in self._events:
-                if isinstance(event, Broken):
-                    if event.farewell:
-                        self._wire.put(event.farewell)
-                    raise ClientDroppedError(event.error)
 
     # --- the client's memory
 

@@ -289,6 +289,17 @@ async def test_descriptors_before_a_breach_are_closed(served: World) -> None:
         pass
 
 
+async def test_what_came_in_one_piece_with_a_breach_is_answered_before_the_end(
+    served: World, client: RawClient
+) -> None:
+    sound = message(GET_INFO, INFO, message_id=1) + message(REGION_READ, access(0, 0, 4), message_id=2)
+    await client.send(sound + message(0xFFFF, message_id=3) + message(GET_INFO, INFO, size=1, message_id=4))
+    replies = [await next_reply(client) for _ in range(4)]
+    assert [reply.message_id for reply in replies] == [1, 2, 3, 4]
+    assert [reply.error for reply in replies] == [0, 0, errno.EINVAL, errno.EINVAL]
+    assert await client.receive() is None
+
+
 async def test_descriptors_belong_to_the_message_that_they_came_with(
     served: World, client: RawClient
 ) -> None:
