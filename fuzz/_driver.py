@@ -19,6 +19,9 @@ DEVICE_AREA: Final = PAGE + 1024
 at address 0.
 """
 
+BUFFERS: Final = QUEUES * RING_STRIDE
+"""Where chains may point to without harm, up to the end of the memory."""
+
 Write = tuple[int, int, int]
 """(offset in BAR 0, bytes, value)."""
 
@@ -44,22 +47,60 @@ def doorbell(queue: int) -> Write:
     return DOORBELLS + PAGE * queue, 2, queue
 
 
+def furnish(guest: mmap.mmap) -> None:
+    """Descriptors that all are good, so that any head is."""
+    for index in range(RING_SIZE):
+        address = BUFFERS + 2 * PAGE * index
+        struct.pack_into("<QIHH", guest, 16 * index, address, 2048, 2, 0)
+        guest[address + PAGE : address + PAGE + 90] = bytes(12) + b"\xff" * 6 + bytes(range(72))
+        struct.pack_into("<QIHH", guest, RING_STRIDE + 16 * index, address + PAGE, 90, 0, 0)
+        guest[address + 3000 : address + 3003] = b"\0\0\1"
+        command = (address + 3000, 3, 1, index | 1) if index % 2 == 0 else (address + 3004, 1, 2, 0)
+        struct.pack_into("<QIHH", guest, 2 * RING_STRIDE + 16 * index, *command)
+
+
 def scribble(choices: Choices, guest: mmap.mmap) -> int:
-    """Change descriptors and the available ring behind the card's back; the queue whose they are."""
+    """Offer chains behind the card's back, good ones and others; the queue whose they are."""
     queue = choices.below(QUEUES)
     base = RING_STRIDE * queue
-    for _ in range(1 + choices.below(4)):
-        table = base if choices.often() else choices.below(MEMORY_PAGES * PAGE - RING_STRIDE)
-        at = table + 16 * choices.below(RING_SIZE)
-        address = choices.below(MEMORY_PAGES * PAGE) if choices.often() else choices.number(64)
-        length = choices.pick((0, 1, 12, 16, 64, 1526, 4096)) if choices.often() else choices.number(32)
-        flags = choices.below(4) if choices.often() else choices.number(16)
-        struct.pack_into("<QIHH", guest, at, address, length, flags, choices.below(RING_SIZE + 2))
-    driver = base + DRIVER_AREA
     for _ in range(choices.below(4)):
+        table = base if choices.often() else choices.below(MEMORY_PAGES * PAGE - RING_STRIDE)
+        index = choices.below(RING_SIZE)
+        address, length, flags, following = _descriptor(choices, queue, index, guest)
+        struct.pack_into("<QIHH", guest, table + 16 * index, address, length, flags, following)
+    driver = base + DRIVER_AREA
+    (first,) = struct.unpack_from("<H", guest, driver + 2)
+    ahead = choices.below(5) if choices.often() else choices.number(16)
+    for place in range(min(ahead, RING_SIZE)):
         head = choices.below(RING_SIZE) if choices.often() else choices.number(16)
-        struct.pack_into("<H", guest, driver + 4 + 2 * choices.below(RING_SIZE), head)
-    (index,) = struct.unpack_from("<H", guest, driver + 2)
-    ahead = choices.below(RING_SIZE + 1) if choices.often() else choices.number(16)
-    struct.pack_into("<HH", guest, driver, choices.below(2), (index + ahead) & 0xFFFF)
+        struct.pack_into("<H", guest, driver + 4 + 2 * ((first + place) % RING_SIZE), head)
+    struct.pack_into("<HH", guest, driver, choices.below(2), (first + ahead) & 0xFFFF)
     return queue
+
+
+def _descriptor(choices: Choices, queue: int, index: int, guest: mmap.mmap) -> tuple[int, int, int, int]:
+    """(address, length, flags, next): mostly what the queue is for."""
+    if choices.seldom():
+        return choices.number(64), choices.number(32), choices.number(16), choices.below(RING_SIZE + 2)
+    address = BUFFERS + choices.below(MEMORY_PAGES * PAGE - BUFFERS)
+    following = (index + 1) % RING_SIZE if choices.often() else choices.below(RING_SIZE)
+    match queue:
+        case 0:
+            return address, choices.pick((2048, 2048, 12, 1, 64)), choices.pick((2, 2, 2, 3)), following
+        case 1:
+            room = MEMORY_PAGES * PAGE - address
+            header = bytes((choices.byte() & 1, choices.pick((0, 0, 0, 1, 4, 0x81)))) + choices.bytes(10)
+            frame = header.ljust(12, b"\0") + (b"\xff" * 6).ljust(14 + choices.below(64), b"\x45")
+            guest[address : address + min(room, len(frame))] = frame[:room]
+            return (
+                address,
+                choices.pick((12 + 64, 12 + 64, 12, 14, 2048)),
+                choices.pick((0, 0, 0, 1, 4)),
+                following,
+            )
+        case _:
+            if choices.byte() & 1:
+                return address, 1, 2, following
+            command = bytes((choices.below(3), choices.below(6))) + choices.bytes(8)
+            guest[address : address + len(command)] = command[: MEMORY_PAGES * PAGE - address]
+            return address, choices.pick((3, 8, 10, 64)), 1, following

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from fuzz._choices import PAGE, Choices
-from fuzz._driver import doorbell, life, scribble
+from fuzz._driver import doorbell, furnish, life, scribble
 from fuzz._house import PATIENCE, HangError, House
 from fuzz._judge import Judge, cut
 from fuzz._requests import HEADER_SIZE, Sent, proposal, request
@@ -140,6 +140,7 @@ class Player:
         if choices.byte() & 1:
             fds = tuple(self.zoo.some(choices, "event", 4))
             self.send(Sent(message(SET_IRQS, irqs(EVENTFD | TRIGGER, MSIX, 0, 4)), fds))
+        furnish(self.zoo.guest)
         self._write(CONFIG, 4, 2, 6)
         for write in life(choices, int(self.house.nic.offered_features())):
             self._write(0, *write)

@@ -3,23 +3,82 @@
 from __future__ import annotations
 
 import struct
+from errno import EFAULT, EIO, ENOTCONN, ETIMEDOUT
 from typing import Final
 
+from device.errors import DeviceError
 from device.function import PciFunction, ResetKind
 from device.virtio.transport import Status
 from firmware import Nic
 from firmware.ports import open_port
 from fuzz._choices import PAGE, Choices
-from fuzz._driver import DEVICE_AREA, DRIVER_AREA, RING_STRIDE, Write, doorbell, life, scribble
+from fuzz._driver import (
+    DEVICE_AREA,
+    DRIVER_AREA,
+    QUEUES,
+    RING_STRIDE,
+    Write,
+    doorbell,
+    furnish,
+    life,
+    scribble,
+)
 from fuzz._zoo import MEMORY_PAGES, Zoo
 
 CONFIG: Final = 7
+STATUS: Final = 0x14
 BURSTS: Final = 64
 """After so many in a row without anything new from the driver, the card works on nothing."""
 
 SIZE: Final = MEMORY_PAGES * PAGE
 FRAME: Final = bytes(range(60)).replace(bytes(range(6)), b"\xff" * 6)
 NET_HEADER: Final = 12
+
+
+class Liar:
+    """The client's answers to DMA messages: mostly right, and meanwhile it does other things as well."""
+
+    def __init__(self, zoo: Zoo, function: PciFunction) -> None:
+        self._zoo = zoo
+        self._function = function
+        self.choices = Choices(b"")
+
+    def read(self, iova: int, length: int) -> bytes:
+        """See RemoteMemory."""
+        self._before(iova)
+        data = self._zoo.guest[iova : iova + length]
+        if len(data) < length:
+            raise DeviceError(EFAULT, "nothing is there")
+        return data
+
+    def write(self, iova: int, data: bytes) -> None:
+        """See RemoteMemory."""
+        self._before(iova)
+        if iova + len(data) > SIZE:
+            raise DeviceError(EFAULT, "nothing is there")
+        self._zoo.guest[iova : iova + len(data)] = data
+
+    def _before(self, iova: int) -> None:
+        if not self.choices.seldom():
+            return
+        match self.choices.below(8):
+            case 0:
+                self._function.reset(ResetKind.DEVICE)
+            case 1:
+                with self._function.gate:
+                    self._function.dma.unmap_all()
+            case 2:
+                with self._function.gate:
+                    self._function.dma.unmap_all()
+                    self._function.dma.map(0, SIZE, 3, self._zoo.kinds["memory"], 0)
+            case 3:
+                self._function.region_write(CONFIG, 4, bytes((self.choices.byte(), 0)))
+            case 4:
+                self._function.region_write(0, STATUS, bytes((self.choices.byte(),)))
+            case 5:
+                self._zoo.guest[iova % SIZE] ^= 1 + self.choices.below(255)
+            case _:
+                raise DeviceError(self.choices.pick((EIO, ETIMEDOUT, ENOTCONN, EFAULT)), "no answer")
 
 
 class Rings:
@@ -32,6 +91,7 @@ class Rings:
         self._zoo = Zoo()
         self._nic = Nic(open_port("loopback"), mac=b"\x02\0\0\0\0\1", bar2_size=PAGE)
         self._function: PciFunction = self._nic.function
+        self._liar = Liar(self._zoo, self._function)
 
     def close(self) -> None:
         """Take the card away."""
@@ -44,19 +104,22 @@ class Rings:
 
     def run(self, data: bytes) -> None:
         """One life, and an honest one after it."""
-        choices = Choices(data)
+        choices = self._liar.choices = Choices(data)
         self._begin(choices)
         while choices.left:
             self._step(choices)
         self._check()
-        self._begin(Choices(b""))
+        self._liar.choices = Choices(b"")
+        self._begin(self._liar.choices)
         self._honest()
 
     def _begin(self, choices: Choices) -> None:
         self._function.reset(ResetKind.LOST_CLIENT)
         self._zoo.refresh()
         self._zoo.guest[:] = bytes(SIZE)
-        self._map()
+        furnish(self._zoo.guest)
+        self._function.dma.remote = self._liar
+        self._map(choices)
         self._function.region_write(CONFIG, 4, b"\x06\0")
         for write in life(choices, int(self._nic.offered_features())):
             self._write(write)
@@ -70,14 +133,14 @@ class Rings:
                 with self._function.gate:
                     self._function.dma.unmap_all()
             case 2:
-                self._map()
+                self._map(choices)
             case 3:
                 self._function.region_write(CONFIG, 4, bytes((choices.byte(), 0)))
             case 4:
                 for write in life(choices, int(self._nic.offered_features())):
                     self._write(write)
             case 5:
-                self._write((0x14, 1, choices.byte()))
+                self._write((STATUS, 1, choices.byte()))
             case 6:
                 self._nic.set_link(bool(choices.byte() & 1))
             case _:
@@ -87,6 +150,7 @@ class Rings:
         self._serve()
 
     def _serve(self) -> None:
+        self._nic._execute_commands()  # what its thread would do, where the client must be asked
         for _ in range(BURSTS):
             if not self._nic.datapath.service():
                 return
@@ -126,10 +190,15 @@ class Rings:
         if used != 1 or guest[room + NET_HEADER : room + NET_HEADER + len(FRAME)] != FRAME:
             raise AssertionError(f"the next driver's frame does not arrive: {used} buffers used")
 
-    def _map(self) -> None:
+    def _map(self, choices: Choices) -> None:
+        """Rings and what they point to lie in memory that is mapped or must be asked for."""
+        memory = self._zoo.kinds["memory"]
+        rings, rest = choices.pick(((memory, memory), (None, None), (memory, None), (None, memory)))
+        border = QUEUES * RING_STRIDE
         with self._function.gate:
             self._function.dma.unmap_all()
-            self._function.dma.map(0, SIZE, 3, self._zoo.kinds["memory"], 0)
+            self._function.dma.map(0, border, 3, rings, 0)
+            self._function.dma.map(border, SIZE - border, 3, rest, border if rest is not None else 0)
 
     def _write(self, write: Write) -> None:
         offset, width, value = write
