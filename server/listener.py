@@ -65,6 +65,7 @@ class Listener:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._identity: tuple[int, int] | None = None
         if len(os.fsencode(path)) > MAX_PATH_BYTES:
             raise SocketPathError(
                 f"{path}: a socket path has at most {MAX_PATH_BYTES} bytes, this one has"
@@ -85,6 +86,34 @@ class Listener:
         except OSError as error:
             self._socket.close()
             raise SocketPathError(f"{path}: {_advice(path, error)}") from error
+
+    @classmethod
+    def inherited(cls, fd: int) -> Self:
+        """The listening unix stream socket that this process was started with as ``fd``.
+
+        It is taken over and closed in the end, but its file, which somebody else made, is left alone. `path`
+        is where it is bound, or tells the descriptor if it has no name in the file system. Raises
+        `SocketPathError` for anything else than such a socket.
+        """
+        try:
+            given = socket.socket(fileno=fd)
+        except OSError as error:
+            raise SocketPathError(
+                f"descriptor {fd}: {os.strerror(error.errno or 0)}; pass a listening unix socket"
+            ) from None
+        kind = given.family, given.type, given.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if kind != (socket.AF_UNIX, socket.SOCK_STREAM, 1):
+            given.detach()
+            raise SocketPathError(
+                f"descriptor {fd}: not a unix stream socket that listens; call listen() before passing it on"
+            )
+        given.setblocking(False)
+        given.set_inheritable(False)
+        name = given.getsockname()
+        listener = cls.__new__(cls)
+        listener.path = Path(name) if isinstance(name, str) and name else Path(f"fd{fd}")
+        listener._socket, listener._identity = given, None
+        return listener
 
     def __enter__(self) -> Self:
         return self
@@ -118,7 +147,7 @@ class Listener:
         if self._socket.fileno() == -1:
             return
         with contextlib.suppress(OSError):
-            if _identity(self.path) == self._identity:
+            if self._identity is not None and _identity(self.path) == self._identity:
                 self.path.unlink()
         self._socket.close()
 

@@ -209,3 +209,64 @@ async def test_others_wait_in_the_backlog(path: Path) -> None:
         for client in waiting:
             (await listener.accept()).close()
             client.close()
+
+
+# --- sockets that somebody else made
+
+
+@pytest.fixture
+def given(path: Path) -> Iterator[socket.socket]:
+    """A socket that listens at ``path``, as a parent process passes it on."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+        listening.bind(os.fspath(path))
+        listening.listen()
+        yield listening
+
+
+async def test_an_inherited_socket_accepts_and_its_file_stays(path: Path, given: socket.socket) -> None:
+    fd = os.dup(given.fileno())
+    with Listener.inherited(fd) as listener:
+        assert listener.path == path
+        assert not os.get_inheritable(fd)
+        with connect(path), await listener.accept() as client:
+            assert not client.getblocking()
+    connect(path).close()  # somebody still listens there, and the file is there
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.close(fd)
+
+
+def test_an_inherited_socket_needs_no_file() -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as abstract:
+        abstract.bind("\0trionic test of an abstract socket")
+        abstract.listen()
+        fd = os.dup(abstract.fileno())
+        with Listener.inherited(fd) as listener:
+            assert listener.path == Path(f"fd{fd}")
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "listens"),
+    [
+        (socket.AF_UNIX, socket.SOCK_STREAM, False),
+        (socket.AF_UNIX, socket.SOCK_DGRAM, False),
+        (socket.AF_UNIX, socket.SOCK_SEQPACKET, True),
+        (socket.AF_INET, socket.SOCK_STREAM, True),
+    ],
+)
+def test_what_is_no_listening_unix_stream_is_refused_and_stays_open(
+    family: int, kind: int, listens: bool
+) -> None:
+    with socket.socket(family, kind) as other:
+        if listens:
+            other.bind(("127.0.0.1", 0) if family == socket.AF_INET else "\0trionic test of a packet socket")
+            other.listen()
+        with pytest.raises(SocketPathError, match=r"not a unix stream socket that listens; call listen\(\)"):
+            Listener.inherited(other.fileno())
+        os.fstat(other.fileno())
+
+
+def test_what_is_no_socket_is_refused_and_stays_open(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file:
+        with pytest.raises(SocketPathError, match="on non-socket; pass a listening unix socket"):
+            Listener.inherited(file.fileno())
+        os.fstat(file.fileno())

@@ -1,6 +1,7 @@
 """Runs the command as users do: in a process of its own, by its own interpreter."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -45,9 +46,9 @@ class Serving:
 
 
 @contextmanager
-def serving(*args: str | Path) -> Iterator[Serving]:
-    """`trionic serve` with these arguments, from its ready line on."""
-    process = start("serve", *args)
+def serving(*args: str | Path, fds: Sequence[socket.socket] = ()) -> Iterator[Serving]:
+    """`trionic serve` with these arguments and sockets, from its ready line on."""
+    process = start("serve", *args, fds=fds)
     try:
         assert process.stdout is not None
         said = list(_until_ready(process.stdout))
@@ -57,8 +58,8 @@ def serving(*args: str | Path) -> Iterator[Serving]:
         process.communicate()
 
 
-def start(*args: str | Path) -> subprocess.Popen[str]:
-    """The command, running."""
+def start(*args: str | Path, fds: Sequence[socket.socket] = ()) -> subprocess.Popen[str]:
+    """The command, running; it has these sockets by the numbers that they have here."""
     return subprocess.Popen(
         _words(args),
         stdin=subprocess.DEVNULL,
@@ -66,6 +67,7 @@ def start(*args: str | Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        pass_fds=[one.fileno() for one in fds],
     )
 
 

@@ -79,6 +79,22 @@ def test_a_stale_socket_is_replaced(path: Path) -> None:
         assert served.end(signal.SIGTERM)[0] == 0
 
 
+def test_the_conventions_for_backends_are_kept(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.sock"
+    with serving("--socket-path", path) as served:
+        assert path.is_socket()
+        assert served.end(signal.SIGTERM) == (0, "")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.fspath(other))
+        listening.listen()
+        with serving("--fd", str(listening.fileno()), "--log-level", "warning", fds=[listening]) as served:
+            assert served.said[0].startswith(f"{other}: loopback, {derive_mac(other).hex(':')}")
+            with socket.socket(socket.AF_UNIX) as peer:
+                peer.connect(os.fspath(other))
+            assert served.end(signal.SIGTERM) == (0, "")
+        assert other.is_socket(), "whoever made the socket's file removes it"
+
+
 async def test_a_card_is_as_the_options_say(path: Path) -> None:
     options = ("--mac", "02:00:00:00:00:07", "--mtu", "9000", "--bar2-size", "64K", "--poll", "10")
     with serving("--socket", path, *options):
@@ -202,6 +218,12 @@ def test_a_missing_file(tmp_path: Path) -> None:
             ("-s", "a", "--poll", "-1"),
             "--poll: '-1' is no time to poll in microseconds; choose a whole number from 0 to 10000",
         ),
+        (
+            ("-s", "a", "--fd", "3"),
+            "--fd is the socket of the only card; leave out --socket and --config",
+        ),
+        (("--fd", "99"), "descriptor 99: Bad file descriptor; pass a listening unix socket"),
+        (("--fd", "0"), "descriptor 0: Socket operation on non-socket; pass a listening unix socket"),
         (
             ("-c", "b", "--no-msix"),
             "--config says which cards there are and who serves them; leave out the other options",

@@ -51,10 +51,15 @@ class _Parsed(click.ParamType[Any]):
 
 @click.command(short_help="Serve cards.")
 @click.option(
-    *("-s", "--socket", "sockets"),
+    *("-s", "--socket", "--socket-path", "sockets"),
     type=click.Path(path_type=Path),
     multiple=True,
     help="Where to listen; repeat for several cards.",
+)
+@click.option(
+    "--fd",
+    type=click.IntRange(min=0),
+    help="The descriptor of a unix socket that listens already, instead of --socket: one card.",
 )
 @click.option(
     *("-p", "--port", "ports"),
@@ -131,6 +136,7 @@ class _Parsed(click.ParamType[Any]):
 )
 def serve(
     sockets: tuple[Path, ...],
+    fd: int | None,
     ports: tuple[str, ...],
     macs: tuple[bytes, ...],
     mtu: int | None,
@@ -181,11 +187,15 @@ def serve(
     if show_limits:
         _tell_limits(chosen)
         return
-    settings = _settings(sockets, ports, macs, every, poll_us, chosen, config)
+    if fd is not None and (sockets or config is not None):
+        raise ConfigError("--fd is the socket of the only card; leave out --socket and --config")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as opened:
         try:
-            listeners = [opened.enter_context(Listener(card.socket)) for card in settings.cards]
+            given = [] if fd is None else [opened.enter_context(Listener.inherited(fd))]
+            sockets = sockets or tuple(listener.path for listener in given)
+            settings = _settings(sockets, ports, macs, every, poll_us, chosen, config)
+            listeners = given or [opened.enter_context(Listener(card.socket)) for card in settings.cards]
         except ServerError as error:
             raise TrionicError(str(error)) from error
         from trionic.serving import run  # late: clients may connect while the rest is loaded
