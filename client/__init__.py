@@ -4,6 +4,9 @@ from client.bars import Bar as Bar
 from client.bars import BarMapping as BarMapping
 from client.connecting import connect as connect
 from client.connecting import over_socket as over_socket
+from client.dirty import DirtyBitmap as DirtyBitmap
+from client.dirty import DirtyLog as DirtyLog
+from client.dirty import unmap_with_bitmap as unmap_with_bitmap
 from client.dma import DmaBuffer as DmaBuffer
 from client.dma import DmaMemory as DmaMemory
 from client.dma import dma_memory as dma_memory
@@ -18,6 +21,11 @@ from client.interrupts import IntxLine as IntxLine
 from client.interrupts import intx as intx
 from client.interrupts import msi as msi
 from client.interrupts import msix as msix
+from client.io_fds import IoFds as IoFds
+from client.migration import MigrationControl as MigrationControl
+from client.migration import MigrationError as MigrationError
+from client.migration import MigrationReport as MigrationReport
+from client.migration import migrate as migrate
 from client.regions import IrqDetails as IrqDetails
 from client.regions import RegionDetails as RegionDetails
 from client.session import Session as Session

@@ -35,6 +35,8 @@ def _message(connection: Connection, windows: Windows, event: Request | Refused)
         if event.command == Command.DMA_WRITE:
             windows.write(access.address, event.data)
             return connection.reply(event, access)
+        if event.no_reply:
+            return b""
         return connection.reply(event, access, windows.read(access.address, access.count))
     except WindowError as error:
         return connection.error(event, error.errno)

@@ -3,7 +3,8 @@
 A request is queued, sent as soon as the kernel takes it, and answered whenever the server likes; its task
 sleeps meanwhile. Giving up on one (a trio timeout, a cancellation) leaves the session as it was: the
 message still goes out whole, its answer is dropped when it comes. Messages leave in the order of the calls,
-and a server handles them in that order.
+and a server handles them in that order. What the server asks for, between its answers or on a socket of its
+own, is answered at once.
 
 Descriptors given to a request are sent, not kept: they stay the caller's, who may close them when the call
 returns or is cancelled.
@@ -235,8 +236,18 @@ class Session:
             raise
 
     async def dma_unmap(self, iova: int, length: int) -> None:
-        """Take a window back; when this returns the device does not touch it any more."""
-        await self.request(Command.DMA_UNMAP, DmaUnmap(DmaUnmap.size, DmaUnmapFlags(0), iova, length))
+        """Take a window back; when this returns the device does not touch it any more.
+
+        One that the server refuses to let go stays reachable by message too; one whose unmapping is given up
+        by a cancellation does not.
+        """
+        try:
+            await self.request(Command.DMA_UNMAP, DmaUnmap(DmaUnmap.size, DmaUnmapFlags(0), iova, length))
+        except ServerError:
+            raise
+        except BaseException:
+            self.windows.remove(iova, length)
+            raise
         self.windows.remove(iova, length)
 
     async def feature_probe(self, feature: Feature, methods: FeatureFlags = FeatureFlags.GET) -> bool:

@@ -121,7 +121,10 @@ class Windows:
             if window.view is None:
                 raise WindowError(EFAULT, f"{address:#x}+{count:#x} lies in memory that is not mapped here")
             stop = min(end, window.end)
-            parts.append(window.view[position - window.iova : stop - window.iova])
+            try:
+                parts.append(window.view[position - window.iova : stop - window.iova])
+            except ValueError:  # the owner released it
+                raise WindowError(EFAULT, f"the memory at {position:#x} is gone") from None
             position, at = stop, at + 1
         return parts
 

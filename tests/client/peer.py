@@ -16,6 +16,7 @@ import trio
 
 import client
 from protocol import Limits
+from protocol.quirks import Overrides
 
 VERSION, DMA_MAP, DMA_UNMAP, GET_INFO, REGION_INFO, IO_FDS, IRQ_INFO, SET_IRQS = 1, 2, 3, 4, 5, 6, 7, 8
 REGION_READ, REGION_WRITE, DMA_READ, DMA_WRITE, RESET = 9, 10, 11, 12, 13
@@ -170,6 +171,7 @@ async def session_with(
     irqs: tuple[int, ...] = (1, 32, 4, 1, 1),
     capabilities: bytes = CAPABILITIES,
     limits: Limits | None = None,
+    quirks: Overrides | None = None,
     fds: tuple[int, ...] = (),
 ) -> AsyncIterator[tuple[client.Session, Peer]]:
     """A session and its scripted server after the questions of the beginning; `script` runs before them, and
@@ -187,7 +189,7 @@ async def session_with(
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(begin)
-            async with client.over_socket(ours, limits=limits) as session:
+            async with client.over_socket(ours, limits=limits, quirks=quirks) as session:
                 yield session, peer
     finally:
         theirs.close()

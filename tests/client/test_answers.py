@@ -140,6 +140,14 @@ async def test_a_write_that_wants_no_answer_is_done() -> None:
         assert (answer.id, answer.payload[16:]) == (9, b"ab\0")
 
 
+async def test_a_read_that_wants_no_answer_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with memory_of() as (_, peer):
+        monkeypatch.delattr("client.windows.Windows.read")
+        peer.ask(DMA_READ, place(0x10000, 8192), flags=NO_REPLY)
+        peer.ask(DMA_WRITE, place(0x10000, 1) + b"x")
+        assert (await peer.answered())[0].command == DMA_WRITE
+
+
 async def test_questions_stand_between_a_request_and_its_answer() -> None:
     async with session_with() as (session, peer), trio.open_nursery() as nursery:
         nursery.start_soon(session.reset)

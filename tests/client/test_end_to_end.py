@@ -16,7 +16,9 @@ import trio
 
 import client
 from client.pci import read_config
-from client.virtio import RxMode, Wiring, open_net
+from client.virtio import NetDriver, RxMode, Wiring, open_net
+from client.virtio.transport import Doorbells
+from protocol import Limits
 from protocol.vfio import RegionIndex
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,6 +119,88 @@ async def test_frames_go_round(tmp_path: Path, wiring: Wiring) -> None:
                 await nic.wait_receivable()
         assert got == frames
         assert nic.counters.interrupts > 0
+
+
+@pytest.mark.parametrize("twin", [True, False], ids=["twin socket", "one socket"])
+async def test_frames_go_round_in_memory_that_the_card_reaches_by_message_alone(
+    tmp_path: Path, twin: bool
+) -> None:
+    async with (
+        serving(tmp_path) as (path, _),
+        client.connect(path, limits=Limits(twin_socket=twin)) as session,
+        open_net(session, shared=False) as nic,
+    ):
+        assert len(session.wires) == 1 + twin
+        await nic.set_rx_mode(RxMode.PROMISCUOUS, True)
+        await go_round(nic, 200)
+
+
+@pytest.mark.parametrize("doorbells", ["mapped", "message", "eventfd"])
+async def test_every_kind_of_doorbell_is_heard(tmp_path: Path, doorbells: Doorbells) -> None:
+    async with connected(tmp_path) as session, open_net(session, doorbells=doorbells) as nic:
+        await nic.set_rx_mode(RxMode.PROMISCUOUS, True)
+        await go_round(nic, 200)
+        await nic.reset()
+        await go_round(nic, 200)
+
+
+@WIRINGS
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "by message alone"])
+async def test_a_card_moves_between_servers_and_no_frame_is_lost(
+    tmp_path: Path, wiring: Wiring, shared: bool
+) -> None:
+    places = [tmp_path / "one", tmp_path / "other"]
+    for place in places:
+        place.mkdir()
+    async with (
+        serving(places[0]) as (first, _),
+        serving(places[1]) as (second, _),
+        client.connect(first) as source,
+        client.connect(second) as target,
+        open_net(source, wiring=wiring, shared=shared) as nic,
+    ):
+        await nic.set_rx_mode(RxMode.PROMISCUOUS, True)
+        sent = 0
+        got: list[bytes] = []
+        moved = trio.Event()
+
+        async def send() -> None:
+            nonlocal sent
+            while not moved.is_set():
+                await nic.send(numbered(sent))
+                sent += 1
+                while sent - len(got) >= 64:  # what a loopback holds is limited, and more would be dropped
+                    await trio.lowlevel.checkpoint()
+
+        async def receive() -> None:
+            while not (moved.is_set() and len(got) == sent):
+                got.append(await nic.receive())
+
+        with trio.fail_after(PATIENCE):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(receive)
+                nursery.start_soon(send)
+                for there in (target, source, target):
+                    already = len(got)
+                    while len(got) < already + 100:
+                        await trio.lowlevel.checkpoint()
+                    report = await nic.migrate_to(there)
+                    assert report.bytes_stopcopy > 0
+                moved.set()
+        assert got == [numbered(number) for number in range(sent)]
+
+
+def numbered(number: int) -> bytes:
+    """A broadcast frame that tells its number."""
+    return b"\xff" * 6 + number.to_bytes(4, "big") * 20
+
+
+async def go_round(nic: NetDriver, count: int) -> None:
+    """Frames out and back, each before the next."""
+    with trio.fail_after(PATIENCE):
+        for number in range(count):
+            await nic.send(numbered(number))
+            assert await nic.receive() == numbered(number)
 
 
 async def test_one_client_after_another_finds_a_fresh_card(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ import os
 import socket
 import struct
 from contextlib import suppress
-from errno import ECONNRESET, EINVAL
+from errno import EBUSY, ECONNRESET, EINVAL
+from functools import partial
 
 import pytest
 import trio
@@ -12,8 +13,9 @@ import trio.testing
 
 import client
 from protocol import Command
-from protocol.limits import MAX_OUTSTANDING, MAX_QUEUED, RECEIVE_SIZE
+from protocol.limits import MAX_OUTSTANDING, MAX_QUEUED, MAX_WHOLE_MESSAGE, RECEIVE_SIZE
 from protocol.messages import DeviceInfo
+from protocol.quirks import Overrides, Quirk
 from protocol.vfio import IrqSetFlags
 from tests.client.peer import (
     DMA_MAP,
@@ -154,6 +156,70 @@ async def test_a_reply_to_a_posted_write_is_ignored() -> None:
         peer.reply(message, message.payload[:16])
         nursery.start_soon(session.reset)
         peer.reply(await peer.expect(RESET))
+
+
+async def test_a_refusal_of_the_type_of_a_command_is_a_refusal() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            with pytest.raises(client.ServerError, match="EINVAL"):
+                await session.region_read(0, 0, 4)
+
+        nursery.start_soon(ask)
+        peer.reply(await peer.expect(REGION_READ), flags=ERROR, error=EINVAL)
+
+
+@pytest.mark.parametrize(
+    ("quirks", "pieces"), [(None, 4), (Overrides(never=frozenset({Quirk.WHOLE_BODIES})), 1)]
+)
+async def test_writes_to_a_server_that_wants_whole_bodies_are_short(
+    quirks: Overrides | None, pieces: int
+) -> None:
+    said = b'{"capabilities":{"max_msg_fds":8,"max_data_xfer_size":1048576}}\0'
+    async with (
+        session_with(capabilities=said, quirks=quirks) as (session, peer),
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(session.region_write, 2, 0, bytes(100_000))
+        for _ in range(pieces):
+            message = await peer.expect(REGION_WRITE)
+            assert pieces == 1 or 16 + len(message.payload) <= MAX_WHOLE_MESSAGE
+            peer.reply(message, message.payload[:16])
+
+
+async def test_a_window_whose_unmapping_is_given_up_is_not_reachable_by_message() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+        nursery.start_soon(partial(session.dma_map, 0x1000, 4096, view=memoryview(bytearray(4096))))
+        peer.reply(await peer.expect(DMA_MAP))
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(refuse_unmap, peer)
+        with pytest.raises(client.ServerError, match="EBUSY"):
+            await session.dma_unmap(0x1000, 4096)
+        assert session.windows.read(0x1000, 1) == b"\0"
+        with trio.move_on_after(0.01):
+            await session.dma_unmap(0x1000, 4096)
+        assert len(session.windows) == 0
+
+
+async def refuse_unmap(peer: Peer) -> None:
+    """Keep a window."""
+    peer.refuse(await peer.expect(DMA_UNMAP), EBUSY)
+
+
+async def test_a_session_that_is_hung_up_is_over_for_both() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            with pytest.raises(client.Disconnected, match="enough"):
+                await session.reset()
+
+        nursery.start_soon(ask)
+        await peer.expect(RESET)
+        session.hang_up("enough")
+        with pytest.raises(EOFError):
+            await peer.next()
+        with pytest.raises(client.Disconnected, match="enough"):
+            await session.region_read(0, 0, 1)
 
 
 async def test_a_timeout_leaves_the_session_usable() -> None:

@@ -75,6 +75,14 @@ def test_a_window_without_bytes_here_is_a_fault() -> None:
     assert refusal(windows, 0x1000, b"x") == EFAULT
 
 
+def test_memory_that_its_owner_gave_up_is_a_fault() -> None:
+    view = memoryview(bytearray(16))
+    windows = with_windows(Window(0x1000, 16, BOTH, view))
+    view.release()
+    assert refusal(windows, 0x1000, 1) == EFAULT
+    assert refusal(windows, 0x1000, b"x") == EFAULT
+
+
 def test_a_refused_write_has_stored_nothing() -> None:
     memory = bytearray(16)
     windows = with_windows(window(0x1000, 16, memory=memory), window(0x1010, 16, DmaMapFlags.READ))
