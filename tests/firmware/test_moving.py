@@ -1,92 +1,31 @@
-"""A whole card that moves to another one while its driver and its traffic go on."""
+"""A whole card that moves: what its driver sees, while it is stopped and after; and who is refused."""
 
 from __future__ import annotations
 
 import errno
-import itertools
-import os
-import socket
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
-import trio
-import trio.testing
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from device.card import COMMON, DOORBELLS
+from device.card import COMMON
 from device.errors import DeviceError
 from device.function import ResetKind
 from device.migration.states import DeviceState
-from device.virtio.features import Feature
-from device.virtio.net import CONTROL_QUEUE, RX_QUEUE, TX_QUEUE
-from device.virtio.transport import NOTIFY_STRIDE, Status
+from device.virtio.net import RX_QUEUE, TX_QUEUE
+from device.virtio.transport import Status
 from firmware import Nic
 from firmware._cable import LOOPBACK_BUFFER
-from firmware.ports import Framing, open_port
 from firmware.ports._port import MAX_FRAME
 from tests.device.migration.moves import load, migration_of, saved
-from tests.firmware.driver import CONFIG_REGION, CONFIG_VECTOR, MSIX, Driver
+from tests.firmware.driver import CONFIG_REGION, CONFIG_VECTOR
 from tests.firmware.test_nic import MAC, OTHER, Cable, frame
+from tests.firmware.travellers import NONE_OWED, loopback, number, numbered, travelling
 
 S = DeviceState
 CARRIED = LOOPBACK_BUFFER + 4 + 12 + MAX_FRAME  # bytes of frames that go along with a card
-
-
-class Travellers:
-    """A driver and the cards it has been on; the first is the one it starts with."""
-
-    def __init__(self, make: Callable[[], Nic]) -> None:
-        self.make = make
-        self.driver = Driver(make())
-        self.cards = [self.driver.nic]
-
-    def another(self, make: Callable[[], Nic] | None = None) -> Nic:
-        """A card that has the driver's memory and its interrupts, and no state yet."""
-        made = (make or self.make)()
-        self.cards.append(made)
-        self.welcome(made)
-        return made
-
-    def welcome(self, nic: Nic) -> None:
-        with nic.function.gate:
-            self.driver.memory.map_into(nic.function.dma)
-        nic.function.irq_set_trigger(MSIX, 0, self.driver.fds)
-
-    def move(self, target: Nic, *, ahead: bool = True) -> None:
-        """The driver goes on with `target`; the card it leaves loses its client."""
-        source = self.driver.nic
-        load(target.function, saved(source.function, ahead=ahead))
-        self.driver.nic, self.driver.function = target, target.function
-        source.function.reset(ResetKind.LOST_CLIENT)
-
-    def close(self) -> None:
-        for nic in self.cards:
-            nic.close()
-        self.driver.close()
-
-
-@contextmanager
-def travelling(make: Callable[[], Nic]) -> Iterator[Travellers]:
-    made = Travellers(make)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-def loopback() -> Nic:
-    return Nic(open_port("loopback"), mac=MAC, bar2_size=1 << 16)
-
-
-def number(data: bytes) -> int:
-    return int(struct.unpack_from(">I", data, 14)[0])
-
-
-def numbered(value: int, length: int = 60) -> bytes:
-    return frame(struct.pack(">I", value).ljust(length, b"."), MAC)
 
 
 # --- what the driver sees
@@ -329,7 +268,6 @@ def test_any_bytes_are_a_cards_state_or_refused(data: bytes) -> None:
         assert nic.save() == data
 
 
-NONE_OWED = struct.pack("<HH", 0, 0)
 FRAME = struct.pack("<I", 26) + bytes(26)
 
 
@@ -354,179 +292,3 @@ def test_frames_that_no_card_has_are_refused(data: bytes) -> None:
         datapath.stage(NONE_OWED + FRAME * (CARRIED // len(FRAME)))
         with pytest.raises(ValueError, match="bytes"):
             datapath.stage(NONE_OWED + data)
-
-
-# --- traffic
-
-
-def test_frames_move_a_hundred_times_and_each_arrives_once() -> None:
-    with travelling(loopback) as travellers:
-        driver = travellers.driver
-        driver.start(buffers=8)
-        numbers = itertools.count()
-        sent: list[int] = []
-        arrived: list[int] = []
-        other = travellers.another()
-        for turn in range(100):
-            for _ in range(5):
-                sent.append(next(numbers))
-                driver.send(numbered(sent[-1], 60 + turn * 10))
-            for _ in range(turn % 4):
-                driver.nic.datapath.service()
-            if turn % 3 == 0:
-                arrived += [number(data) for data in driver.received()]
-            left = driver.nic
-            travellers.move(other, ahead=turn % 2 == 0)
-            travellers.welcome(left)
-            other = left
-        driver.settle()
-        while news := driver.received():
-            arrived += [number(data) for data in news]
-            driver.settle()
-        assert arrived == sent
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.sampled_from(["send", "serve", "receive", "move", "ahead", "stop", "command"]), max_size=60)
-)
-def test_wherever_it_moves_nothing_is_lost_or_doubled(steps: list[str]) -> None:
-    with travelling(loopback) as travellers:
-        driver = travellers.driver
-        driver.start(Feature(0) | ~Feature.RING_EVENT_IDX if len(steps) % 2 else ~Feature(0), buffers=1)
-        numbers = itertools.count()
-        sent: list[int] = []
-        arrived: list[int] = []
-        other = travellers.another()
-        for step in steps:
-            match step:
-                case "send":
-                    sent.append(next(numbers))
-                    driver.send(numbered(sent[-1]))
-                case "serve":
-                    driver.nic.datapath.service()
-                case "receive":
-                    arrived += [number(data) for data in driver.received()]
-                case "move" | "ahead":
-                    left = driver.nic
-                    travellers.move(other, ahead=step == "ahead")
-                    travellers.welcome(left)
-                    other = left
-                case "stop":
-                    migration_of(driver.function).set_state(S.STOP)
-                    driver.nic.datapath.service()
-                    migration_of(driver.function).set_state(S.RUNNING)
-                case "command":
-                    assert driver.command(b"\0\0\1") == 0
-        driver.settle()
-        while news := driver.received():
-            arrived += [number(data) for data in news]
-            driver.settle()
-        assert arrived == sent
-
-
-async def test_running_cards_hand_their_traffic_over(nursery: trio.Nursery) -> None:
-    with travelling(loopback) as travellers:
-        driver = travellers.driver
-        other = travellers.another()
-        async with trio.open_nursery() as inner:
-            inner.start_soon(driver.nic.run)
-            inner.start_soon(other.run)
-            driver.start()
-            sent: list[int] = []
-            arrived: list[int] = []
-            with trio.fail_after(60):
-                for turn in range(30):
-                    for _ in range(3):
-                        sent.append(len(sent))
-                        driver.send(numbered(sent[-1]))
-                    left = driver.nic
-                    travellers.move(other, ahead=turn % 2 == 0)
-                    travellers.welcome(left)
-                    other = left
-                    while len(arrived) < len(sent):
-                        driver.rx.set_used_event(driver.rx.used_seen)
-                        if news := driver.received():
-                            arrived += [number(data) for data in news]
-                        else:
-                            await driver.interrupted(RX_QUEUE)
-            inner.cancel_scope.cancel()
-        assert arrived == sent
-
-
-def network_of(nic: Nic) -> socket.socket:
-    assert isinstance(nic.port, Cable)
-    return nic.port.network
-
-
-def test_a_frame_that_waits_for_more_buffers_goes_along() -> None:
-    with travelling(lambda: Nic(Cable(), mac=MAC)) as travellers:
-        driver = travellers.driver
-        driver.start(buffers=1)
-        network_of(driver.nic).send(numbered(7, 3000))
-        driver.settle()
-        assert driver.rx.used() == []
-        travellers.move(travellers.another())
-        driver.offer(1)
-        driver.settle()
-        assert [written for _, written in driver.rx.used()] == [2048, 12 + 14 + 3000 - 2048]
-
-
-def test_frames_that_the_card_has_read_of_a_stream_go_along() -> None:
-    with travelling(lambda: Nic(Cable(framing=Framing.STREAM), mac=MAC)) as travellers:
-        driver = travellers.driver
-        driver.start(buffers=1)
-        for value in range(4):
-            data = numbered(value)
-            network_of(driver.nic).send(struct.pack(">I", len(data)) + data)
-        network_of(driver.nic).send(b"\0\0\0\x40 a frame that has come in part")
-        driver.settle()
-        travellers.move(travellers.another())
-        data = numbered(4)
-        network_of(driver.nic).send(struct.pack(">I", len(data)) + data)
-        arrived = []
-        driver.settle()
-        while news := driver.received():
-            arrived += [number(data) for data in news]
-            driver.settle()
-        assert arrived == list(range(5))
-
-
-def test_what_came_along_goes_on_with_the_next_move_and_ends_with_the_driver() -> None:
-    with travelling(loopback) as travellers:
-        driver = travellers.driver
-        driver.start(buffers=1)
-        for value in range(3):
-            driver.send(numbered(value))
-        driver.settle()
-        for _ in range(3):
-            travellers.move(travellers.another())
-        waiting = driver.nic.datapath.save()
-        assert len(waiting) == len(NONE_OWED) + 2 * (4 + 12 + len(numbered(0)))
-        driver.status = 0
-        assert driver.nic.datapath.save() == NONE_OWED
-
-
-# --- doorbells
-
-
-async def test_an_eventfd_is_as_good_as_a_doorbell(nursery: trio.Nursery) -> None:
-    with travelling(loopback) as travellers:
-        driver = travellers.driver
-        areas = driver.function.io_eventfds(0)
-        assert [(area.offset, area.size, area.datamatch) for area in areas] == [
-            (DOORBELLS + NOTIFY_STRIDE * queue, 2, None) for queue in range(len(areas))
-        ]
-        async with trio.open_nursery() as inner:
-            inner.start_soon(driver.nic.run)
-            driver.start()
-            await trio.testing.wait_all_tasks_blocked()
-            driver.ring_doorbell = lambda queue: os.eventfd_write(areas[queue].fd, 1)  # type: ignore[method-assign]
-            with trio.fail_after(10):
-                for value in range(3):
-                    driver.send(numbered(value))
-                    assert number(await driver.receive()) == value
-                driver.command(b"\1\1" + OTHER)
-                await driver.interrupted(CONTROL_QUEUE)
-                assert driver.mac == OTHER
-            inner.cancel_scope.cancel()

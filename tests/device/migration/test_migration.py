@@ -3,122 +3,20 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from device.errors import DeviceError
-from device.function import Bar, Identity, IrqKind, MemoryBar, PciFunction, RegionIndex, ResetKind
-from device.migration.migration import Migration
+from device.function import Identity, PciFunction, ResetKind
 from device.migration.sessions import MAX_STATE, PASSES_AHEAD
 from device.migration.states import ARCS, DeviceState, MigrationFlags, path
-from device.pci.capabilities import Msi, Msix, PciExpress, PowerManagement
-from tests.device.interrupts.listener import Listener, listeners
 from tests.device.migration.moves import everything, load, move, saved
+from tests.device.migration.rig import MEMORY_SIZE, Rig, rigs
 
 S = DeviceState
-COMMAND = 0x04
-BUS_MASTER, INTX_DISABLE = 1 << 2, 1 << 10
-CONFIG = RegionIndex.CONFIG
-MEMORY_SIZE = 1 << 20
-
-
-class Number:
-    """A part that is one number."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def save(self) -> bytes:
-        return self.value.to_bytes(8, "little")
-
-    def stage(self, data: bytes) -> Callable[[], None]:
-        if len(data) != 8:
-            raise ValueError(f"{len(data)} bytes are no number")
-
-        def apply() -> None:
-            self.value = int.from_bytes(data, "little")
-
-        return apply
-
-
-class Rig:
-    """A function with every kind of part of its own, a number beside them, and a record of its hooks."""
-
-    def __init__(self, *, device: int = 0x1041, traits: dict[str, str] | None = None) -> None:
-        self.function = PciFunction(
-            "nic0",
-            Identity(0x1AF4, device, 0x8086, 0x001A),
-            bars=[Bar(0, 0x4000), MemoryBar(2, MEMORY_SIZE)],
-            capabilities=[
-                PowerManagement(),
-                Msi(2),
-                Msix(3, table_bar=0, table_offset=0x2000, pba_offset=0x3000),
-                PciExpress(),
-            ],
-        )
-        self.number = Number()
-        self.function.migration = self.migration = Migration(
-            self.function, {b"NUMB": self.number}, {"colour": "blue"} if traits is None else traits
-        )
-        self.happened: list[str] = []
-        self.function.on_stop = lambda: self.happened.append("stop")
-        self.function.on_run = lambda: self.happened.append("run")
-
-    @property
-    def stands(self) -> int:
-        """The migration's state, as a number: no two reads of it are the same to mypy."""
-        return int(self.migration.state)
-
-    def configure(self, offset: int, count: int, value: int) -> None:
-        self.function.region_write(CONFIG, offset, value.to_bytes(count, "little"))
-
-    def seen(self) -> tuple[bytes, bytes, bytes, int]:
-        """All that a client can read, and the number."""
-        return (
-            self.function.region_read(CONFIG, 0, 4096),
-            self.function.region_read(0, 0, 0x4000),
-            self.function.region_read(2, 0, MEMORY_SIZE),
-            self.number.value,
-        )
-
-    def mark(self) -> None:
-        """Leave a trace in every part."""
-        self.configure(COMMAND, 2, BUS_MASTER)
-        self.configure(0x3C, 1, 0x0B)
-        self.function.region_write(0, 0x2010, b"\x00\x10\xe0\xfe" + bytes(4) + b"\x41\0\0\0")
-        self.function.region_write(2, 12345, b"on the card")
-        self.number.value = 42
-
-
-@contextmanager
-def rigs(*made: Rig) -> Iterator[tuple[Rig, ...]]:
-    try:
-        yield made
-    finally:
-        for rig in made:
-            rig.function.close()
-
-
-@pytest.fixture
-def source() -> Iterator[Rig]:
-    with rigs(Rig()) as (rig,):
-        yield rig
-
-
-@pytest.fixture
-def target() -> Iterator[Rig]:
-    with rigs(Rig()) as (rig,):
-        yield rig
-
-
-@pytest.fixture
-def ears() -> Iterator[list[Listener]]:
-    with listeners(3) as made:
-        yield made
 
 
 def refused(action: Callable[[], object]) -> str | None:
@@ -437,104 +335,6 @@ def test_a_part_that_fails_against_its_promise_leaves_an_error(
         move(source.function, target.function)
     assert target.stands == S.ERROR
     assert not target.function.running
-
-
-# --- interrupts
-
-
-def test_a_stopped_function_interrupts_nobody_and_makes_up_for_it(source: Rig, ears: list[Listener]) -> None:
-    source.function.irq_set_trigger(IrqKind.MSIX, 0, [ear.fd for ear in ears])
-    source.migration.set_state(S.STOP)
-    for _ in range(3):
-        source.function.interrupts.signal(1)
-    assert [ear.heard() for ear in ears] == [0, 0, 0]
-    assert source.function.region_read(0, 0x3000, 1) == b"\2"
-    source.migration.set_state(S.RUNNING)
-    assert [ear.heard() for ear in ears] == [0, 1, 0]
-    assert source.function.region_read(0, 0x3000, 1) == b"\0"
-
-
-@pytest.mark.parametrize("way", ["unmask", "rewire", "enable"])
-def test_a_stopped_line_stays_silent_whatever_the_client_does(
-    source: Rig, ears: list[Listener], way: str
-) -> None:
-    function = source.function
-    function.irq_set_trigger(IrqKind.INTX, 0, [ears[0].fd])
-    source.migration.set_state(S.STOP)
-    function.interrupts.intx(True)
-    if way == "unmask":
-        function.irq_mask(IrqKind.INTX, 0, [True])
-        function.irq_unmask(IrqKind.INTX, 0, [True])
-    elif way == "rewire":
-        function.irq_disable(IrqKind.INTX)
-        function.irq_set_trigger(IrqKind.INTX, 0, [ears[0].fd])
-    else:
-        source.configure(COMMAND, 2, INTX_DISABLE)
-        source.configure(COMMAND, 2, 0)
-    assert ears[0].heard() == 0
-    source.migration.set_state(S.RUNNING)
-    assert ears[0].heard() == 1
-
-
-@pytest.mark.parametrize("wired_first", [True, False])
-@pytest.mark.parametrize("kind", [IrqKind.INTX, IrqKind.MSI, IrqKind.MSIX])
-def test_an_interrupt_that_waited_comes_at_the_other_end(
-    source: Rig, target: Rig, ears: list[Listener], kind: IrqKind, wired_first: bool
-) -> None:
-    if kind is not IrqKind.INTX:
-        source.function.irq_set_trigger(kind, 0, [ears[2].fd])
-        source.function.irq_mask(kind, 0, [True])
-    source.function.interrupts.signal(0)
-    stream = saved(source.function)
-    if wired_first:
-        target.function.irq_set_trigger(kind, 0, [ears[0].fd])
-    load(target.function, stream)
-    if not wired_first:
-        target.function.irq_set_trigger(kind, 0, [ears[0].fd])
-    assert ears[0].heard() == 1
-    assert ears[2].heard() == 0
-    assert not target.function.interrupts.lines.vector_pending(0)
-
-
-def test_the_clients_masks_stay_with_the_client(source: Rig, target: Rig, ears: list[Listener]) -> None:
-    source.function.irq_set_trigger(IrqKind.MSIX, 0, [ears[2].fd])
-    source.function.irq_mask(IrqKind.MSIX, 0, [True])
-    target.function.irq_set_trigger(IrqKind.MSIX, 0, [ears[0].fd, ears[1].fd])
-    target.function.irq_mask(IrqKind.MSIX, 1, [True])
-    move(source.function, target.function)
-    target.function.interrupts.signal(0)
-    target.function.interrupts.signal(1)
-    assert [ears[0].heard(), ears[1].heard()] == [1, 0]
-
-
-def masked(rig: Rig, vector: int) -> bool:
-    return bool(rig.function.region_read(0, 0x2000 + 16 * vector + 12, 1)[0])
-
-
-@pytest.mark.parametrize("wired_first", [True, False])
-def test_the_tables_masks_arrive_as_software_wrote_them(
-    source: Rig, target: Rig, ears: list[Listener], wired_first: bool
-) -> None:
-    source.function.irq_set_trigger(IrqKind.MSIX, 0, [ears[2].fd, ears[2].fd])
-    source.function.region_write(0, 0x2000 + 12, b"\1\0\0\0")
-    stream = saved(source.function)
-    fds = [ear.fd for ear in ears]
-    if wired_first:
-        target.function.irq_set_trigger(IrqKind.MSIX, 0, fds)
-    load(target.function, stream)
-    if not wired_first:
-        target.function.irq_set_trigger(IrqKind.MSIX, 0, fds)
-    # the third was masked by power-on alone, and wiring it lifts that as ever
-    assert [masked(target, vector) for vector in range(3)] == [True, False, False]
-    target.function.irq_set_trigger(IrqKind.MSIX, 0, fds)
-    assert not masked(target, 0)
-
-
-def test_errors_and_requests_are_the_hosts_and_pass(source: Rig, ears: list[Listener]) -> None:
-    source.function.irq_set_trigger(IrqKind.REQ, 0, [ears[0].fd])
-    source.migration.set_state(S.STOP)
-    assert source.function.request_release()
-    assert ears[0].heard() == 1
 
 
 def test_a_function_without_a_migration_has_none() -> None:
