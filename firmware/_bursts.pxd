@@ -4,7 +4,8 @@ from posix.uio cimport iovec
 from device._gate cimport Gate
 from device.dma._windows cimport DmaWindows
 from device.interrupts._lines cimport Lines
-from device.virtio._split cimport Chain, VirtQueue
+from device.virtio._rings cimport Chain
+from device.virtio._split cimport VirtQueue
 from firmware._cable cimport Cable
 from firmware._filter cimport ReceiveFilter
 

@@ -15,7 +15,8 @@ from posix.unistd cimport write
 from device._gate cimport Gate
 from device.dma._windows cimport DMA_READ, FAULT_NONE, DmaWindows
 from device.interrupts._lines cimport Lines
-from device.virtio._split cimport BROKEN, DISTURBED, NOT_HERE, OWED_ROOM, Chain, VirtQueue
+from device.virtio._rings cimport DISTURBED, NOT_HERE, OWED_ROOM, Chain
+from device.virtio._split cimport VirtQueue
 from firmware._checksum cimport complete_checksum
 from firmware._cable cimport ETHERNET, FRAME_LIMIT, FRAMING_LOOPBACK, FRAMING_PACKETS, HEADER, Cable
 from firmware._filter cimport ReceiveFilter

@@ -20,7 +20,7 @@ from posix.uio cimport iovec
 from posix.unistd cimport read, write
 
 from device._atomic cimport fence, load_int, relax, store_int
-from device.virtio._split cimport OWED_ROOM
+from device.virtio._rings cimport OWED_ROOM
 from firmware._bursts cimport Bursts
 
 

@@ -1,6 +1,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from device._gate cimport Gate
+from device.dma._dirty cimport DirtyLog
 from device.dma._files cimport Backing, SharedFiles
 
 
@@ -14,7 +15,7 @@ cdef enum:
     FAULT_UNMAPPED = -1
     FAULT_PROTECTION = -2
     FAULT_MESSAGE_ONLY = -3     # and there is nobody to send messages to, unless span() says it
-    FAULT_DISTURBED = -4        # while the client was asked, the card was reset, halted, or a queue was changed
+    FAULT_DISTURBED = -4        # the card was reset or halted, or a queue changed, while the client was asked
     FAULT_GONE = -5             # the client has left
     FAULT_REFUSED = -1000       # less an errno: what the client's answer came to
 
@@ -41,6 +42,8 @@ cdef class DmaWindows:
     cdef readonly uint64_t epoch            # grows with whatever makes an answer of the client come too late
     cdef readonly size_t limit
     cdef public object on_map
+    cdef readonly bint logging              # every write to the client's memory is to be marked
+    cdef DirtyLog _log
     # by message
     cdef public Gate gate
     cdef object _remote
@@ -55,6 +58,7 @@ cdef class DmaWindows:
     cdef bint covers(self, uint64_t iova, uint64_t length, uint32_t prot) noexcept nogil
     cdef int copy_in(self, void *target, uint64_t iova, uint64_t length) noexcept nogil
     cdef int copy_out(self, uint64_t iova, const void *source, uint64_t length) noexcept nogil
+    cdef void mark(self, uint64_t iova, uint64_t length) noexcept nogil
     cdef int _by_message(self, uint64_t iova, uint64_t *run, uint8_t *target,
                          const uint8_t *source) noexcept nogil
     cdef int _ask(self, uint64_t iova, uint64_t length, uint8_t *target, const uint8_t *source) except 1

@@ -7,7 +7,8 @@ insertion and no system call but fstat, and windows that adjoin in the file adjo
 
 What lies in windows without memory here is asked of the client, by whatever `remote` knows to send it. Such
 an access lets the gate go while it waits, and so must never be made for the sake of a reply that the client
-waits for. When the answer comes the card may be another one: `epoch` tells, and the access is FAULT_DISTURBED.
+waits for. When the answer comes the card may be another one: `epoch` tells, and the access is
+FAULT_DISTURBED.
 
 Callers hold the card's gate. Pointers are good until the gate is left or a copy is made.
 """
@@ -21,6 +22,7 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memmove
 
 from device._gate cimport Gate
+from device.dma._dirty cimport DirtyLog
 from device.dma._files cimport Backing, SharedFiles
 
 from device.errors import DeviceError
@@ -94,7 +96,8 @@ cdef class DmaWindows:
             raise DeviceError(errno.EINVAL, f"file offset {fd_offset:#x}: not aligned to {PAGE_SIZE}")
         if fd is not None:
             backing = self._files.acquire(fd, fd_offset, size, prot & DMA_WRITE)
-        self._insert(at, Window(iova=iova, last=iova + size - 1, offset=fd_offset, prot=prot, backing=backing))
+        self._insert(
+            at, Window(iova=iova, last=iova + size - 1, offset=fd_offset, prot=prot, backing=backing))
 
     def map_memory(self, uint64_t iova, uint64_t size, uint32_t prot, uint64_t address,
                    size_t page_size=PAGE_SIZE):
@@ -233,6 +236,33 @@ cdef class DmaWindows:
         """What was asked of the client before comes too late: whoever waits finds that out and gives up."""
         self.epoch += 1
 
+    # --- the log of writes
+
+    def log_start(self, uint64_t page_size):
+        """Log which pages are written to from now on, and forget earlier logs.
+
+        DeviceError(EINVAL) for pages that cannot be reported later: see DirtyLog.report.
+        """
+        log = DirtyLog()
+        log.report(0, page_size, page_size)
+        self._log = log
+        self.logging = True
+
+    def log_stop(self):
+        """Log no more, and forget what was logged."""
+        self.logging = False
+        self._log = None
+
+    def log_report(self, uint64_t iova, uint64_t length, uint64_t page_size):
+        """DirtyLog.report; DeviceError(EINVAL) also while nothing is logged."""
+        if not self.logging:
+            raise DeviceError(errno.EINVAL, "no writes are logged")
+        return self._log.report(iova, length, page_size)
+
+    cdef void mark(self, uint64_t iova, uint64_t length) noexcept nogil:
+        """These bytes were written to; only while `logging`."""
+        self._log.mark(iova, length)
+
     # --- accesses from Python
 
     def read(self, uint64_t iova, size_t length):
@@ -259,7 +289,7 @@ cdef class DmaWindows:
             raise _error(fault, f"DMA write of {length} bytes at {iova:#x}: not in writable windows")
 
     def lost_backings(self):
-        """How many files lost pages because the client truncated them; none of their windows is served any more."""
+        """How many files lost pages because the client truncated them; their windows are served no more."""
         return self._files.lost()
 
     # --- lookups without the GIL
@@ -368,6 +398,8 @@ cdef class DmaWindows:
             fault = self.span(iova + done, length - done, DMA_WRITE, &part, &run)
             if fault == FAULT_NONE:
                 memcpy(part, <const uint8_t *> source + done, run)
+                if self.logging:
+                    self.mark(iova + done, run)
             else:
                 if fault == FAULT_MESSAGE_ONLY:
                     fault = self._by_message(iova + done, &run, NULL, <const uint8_t *> source + done)
@@ -378,7 +410,7 @@ cdef class DmaWindows:
 
     cdef int _by_message(self, uint64_t iova, uint64_t *run, uint8_t *target,
                          const uint8_t *source) noexcept nogil:
-        """Have the client's bytes in `target`, or give it those in `source`; shortens `run` to one message."""
+        """Have the client's bytes in `target`, or give it those in `source`; `run` shrinks to one message."""
         if not self._answering:
             return FAULT_MESSAGE_ONLY
         run[0] = min(run[0], self._remote_limit)
@@ -395,6 +427,8 @@ cdef class DmaWindows:
         cdef int depth, fault = FAULT_NONE
         remote = self._remote
         data = None if source == NULL else PyBytes_FromStringAndSize(<const char *> source, length)
+        if self.logging and source != NULL:
+            self.mark(iova, length)     # whoever asks while the message is on its way must know
         depth = gate.suspend() if gate is not None else 0
         try:
             if source == NULL:
@@ -408,6 +442,8 @@ cdef class DmaWindows:
             if depth:
                 with nogil:
                     gate.resume(depth)
+        if self.logging and source != NULL:
+            self.mark(iova, length)     # and whoever asked meanwhile may have come before the write
         if fault == FAULT_GONE and remote is self._remote and self._answering:
             self._answering = False
             self.generation += 1

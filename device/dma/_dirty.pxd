@@ -1,0 +1,26 @@
+from libc.stdint cimport uint8_t, uint64_t
+
+
+cdef enum:
+    LOG_PAGE_SHIFT = 12
+    CHUNK_SHIFT = 15                        # pages of a chunk: 128 MiB, in a bitmap of 4 KiB
+    CHUNK_WORDS = 1 << (CHUNK_SHIFT - 6)
+    CHUNK_LIMIT = 1 << 13
+    SLOTS = 2 * CHUNK_LIMIT                 # half of them stay empty, so that a search ends soon
+
+
+cdef struct Chunk:
+    uint64_t number                         # of the first page >> CHUNK_SHIFT
+    uint64_t *bits                          # NULL: the slot is empty
+
+
+cdef class DirtyLog:
+    cdef Chunk _slots[SLOTS]
+    cdef Chunk *_recent
+    cdef readonly size_t chunks
+    cdef bint _everything
+
+    cdef void mark(self, uint64_t iova, uint64_t length) noexcept nogil
+    cdef Chunk *_slot(self, uint64_t number) noexcept nogil
+    cdef uint64_t *_bits(self, uint64_t number) noexcept nogil
+    cdef void _move(self, Chunk *chunk, uint64_t first, uint64_t last, int shift, uint8_t *out) noexcept nogil
