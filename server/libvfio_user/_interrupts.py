@@ -38,10 +38,14 @@ class Bridge:
         self._waiting: set[int] = set()
         self._epoll = select.epoll()
         self._vectors: dict[int, int] = {}  # eventfd -> its number
-        for number in range(max(self._counts[kind] for kind in _KINDS)):
-            fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            self._vectors[fd] = number
-            self._epoll.register(fd, select.EPOLLIN)
+        try:
+            for number in range(max(self._counts[kind] for kind in _KINDS)):
+                fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                self._vectors[fd] = number
+                self._epoll.register(fd, select.EPOLLIN)
+        except OSError:
+            self.close()
+            raise
 
     def follow(self) -> None:
         """Wire the kind that configuration space says now, and try again what waits."""

@@ -23,7 +23,7 @@ import trio
 
 from device.function import PciFunction
 from protocol.errors import RemoteProtocolError
-from protocol.limits import HEADER_SIZE, MAX_VERSION_DATA, SessionLimits
+from protocol.limits import HEADER_SIZE, MAX_FDS_PER_MESSAGE, MAX_VERSION_DATA, SessionLimits
 from protocol.messages import Header
 from server._descriptors import close_all
 from server._wire import ClientDroppedError, ClientLeftError
@@ -90,9 +90,9 @@ class Session:
 
     async def _serve(self, version: bytes) -> None:
         with ExitStack() as ending:
-            context = Context(self._library, self._function, self._path, self._told)
-            ending.callback(context.close)
             try:
+                context = Context(self._library, self._function, self._path, self._told)
+                ending.callback(context.close)
                 twin = hand_over(context, self._socket, self._path, version)
             except (LibraryError, OSError) as error:
                 raise ClientDroppedError(f"VERSION: {error}") from None
@@ -195,7 +195,7 @@ class Session:
             header, _ = await self._whole(self._peek())
             if header.message_size > _MAX_VERSION_SIZE:
                 raise ClientDroppedError(f"VERSION of {header.message_size} bytes")
-            return self._socket.recv(header.message_size)
+            return self._take(header.message_size)
         raise ClientDroppedError("it does not say VERSION")
 
     async def _whole(self, look: bytes) -> tuple[Header, bytes]:
@@ -235,13 +235,20 @@ class Session:
             return
         raise ClientDroppedError("it takes no replies")
 
-    def _refuse(self, header: Header, number: int) -> None:
-        """Take the message from the library and answer it; what descriptors it brought are closed."""
-        left = header.message_size
-        while left:
-            data, fds, _, _ = socket.recv_fds(self._socket, left, 253, socket.MSG_DONTWAIT)
+    def _take(self, size: int) -> bytes:
+        """The next bytes, which are all there; what descriptors they brought are closed."""
+        taken = b""
+        while len(taken) < size:
+            data, fds, _, _ = socket.recv_fds(
+                self._socket, size - len(taken), MAX_FDS_PER_MESSAGE, socket.MSG_DONTWAIT
+            )
             close_all(fds)
-            left -= len(data)
+            taken += data
+        return taken
+
+    def _refuse(self, header: Header, number: int) -> None:
+        """Answer the message instead of the library."""
+        self._take(header.message_size)
         log.debug("%s: command %d refused: %s", self._function.name, header.command, os.strerror(number))
         reply = refusal(header, number)
         if reply:

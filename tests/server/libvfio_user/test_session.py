@@ -4,6 +4,7 @@ import errno
 import logging
 import mmap
 import os
+import resource
 import socket
 import stat
 import struct
@@ -475,6 +476,47 @@ async def test_a_client_that_does_not_come_to_terms_is_let_go(served: World, fir
         assert reply.error == errno.EINVAL
         assert await client.hung_up()
     assert served.card.resets == []
+    assert len(await (await served.client()).read(CONFIG, 0, 4)) == 4
+
+
+async def test_a_version_in_parts_with_descriptors_is_agreed_on(served: World) -> None:
+    client = await served.connect()
+    whole = version()
+    fd = os.eventfd(0, os.EFD_CLOEXEC)
+    before = len(open_fds())
+    for part in (whole[:16], whole[16:30], whole[30:]):
+        await client.send(part, [fd])
+    reply = await client.receive()
+    assert reply is not None
+    assert reply.error == 0
+    assert len(await client.read(CONFIG, 0, 4)) == 4
+    client.close()
+    with trio.fail_after(5):
+        while len(open_fds()) >= before:  # the client's own is gone as well
+            await trio.testing.wait_all_tasks_blocked()
+    os.close(fd)
+
+
+async def test_a_card_without_free_descriptors_lets_the_client_go_and_recovers(
+    served: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = await served.connect()
+    await trio.testing.wait_all_tasks_blocked()
+    taken = len(open_fds())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for spare in range(12):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (taken + spare, hard))
+        try:
+            await client.send(version())
+            reply = await client.receive()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if reply is not None and not reply.error and spare > 9:
+            break
+        client.close()
+        client = await served.connect()
+        await trio.testing.wait_all_tasks_blocked()
+    client.close()
     assert len(await (await served.client()).read(CONFIG, 0, 4)) == 4
 
 
