@@ -84,6 +84,8 @@ class ByMessage(ABC):
 
     def _put(self, wire: Wire, answer: _Answer, command: Command, body: DmaAccess, data: bytes) -> None:
         """Make the request and give it to the wire."""
+        if self._engine.closed:
+            raise _nobody()
         if self._engine.outstanding >= MAX_DMA_UNANSWERED:
             raise DeviceError(EBUSY, f"the client owes {MAX_DMA_UNANSWERED} answers already")
         try:
@@ -138,7 +140,7 @@ class TwinMemory(ByMessage):
         if not self._turn.acquire(timeout=self._deadline):
             raise _late()
         try:
-            if self._closed or self._engine.closed:
+            if self._closed:
                 raise _nobody()
             answer = _Answer()
             self._put(self._wire, answer, command, body, data)

@@ -244,32 +244,38 @@ class Session:
         """The client has come to terms: answer it, and let the device reach its memory from then on."""
         self._negotiated = True
         self._patience.deadline = float("inf")
-        limits, peer = self._engine.limits, event.peer
-        self._terms = Terms(peer.max_msg_fds, min(limits.max_dma_maps, peer.max_dma_maps))
-        deadline = self._limits.dma_deadline
+        engine, peer = self._engine, event.peer
+        self._terms = Terms(peer.max_msg_fds, min(engine.limits.max_dma_maps, peer.max_dma_maps))
         if event.twin:
-            try:
-                ours, theirs = socket.socketpair()
-            except OSError as error:
-                raise ClientDroppedError(f"no second socket for it: {error.strerror}") from None
-            with theirs:
-                self._memory = TwinMemory(self._engine.twin(), ours, deadline)
-                await self._send(event.reply, (theirs.fileno(),))
+            await self._share_twin(event.reply)
         else:
             await self._send(event.reply)
             self._memory = InBandMemory(
-                self._engine,
-                deadline,
+                engine,
+                self._limits.dma_deadline,
                 wire=self._wire,
                 fd=self._socket.fileno(),
                 pull=self._pull,
                 attend=self._attend,
             )
-        most = min(limits.max_data_xfer_size, peer.max_data_xfer_size)
-        if most > 0:
+        most = min(engine.max_read, engine.max_write)
+        if self._memory is not None and most > 0:
             with self._function.gate:
                 self._function.dma.remote_limit = most
                 self._function.dma.remote = self._memory
+
+    async def _share_twin(self, reply: bytes) -> None:
+        """Answer with one end of a new socket pair."""
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise ClientDroppedError(f"no second socket for it: {error.strerror}") from None
+        with theirs:
+            if self._engine.closed:
+                ours.close()  # what came along with VERSION ends the session at once
+            else:
+                self._memory = TwinMemory(self._engine.twin(), ours, self._limits.dma_deadline)
+            await self._send(reply, (theirs.fileno(),))
 
     def _failed(self, command: int, error: Exception) -> int:
         """The errno that tells the client of ``error``: the device's refusal, or a mistake in its code."""

@@ -197,10 +197,11 @@ async def test_a_client_that_breaks_the_protocol_meanwhile_is_left(asking: World
         + message(GET_INFO, INFO)
         + message(GET_INFO, INFO, message_id=9, size=1)
     )
-    got = [await said(client) for _ in range(3)]
+    got = [await said(client) for _ in range(4)]
     assert [(one.command, one.message_id, one.error) for one in got] == [
         (DMA_READ, 0, 0),
         (REGION_READ, 1, errno.ENOTCONN),
+        (GET_INFO, 1, 0),
         (GET_INFO, 9, errno.EINVAL),
     ]
     assert await client.hung_up()

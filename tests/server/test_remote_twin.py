@@ -153,6 +153,18 @@ async def test_a_late_answer_on_the_second_socket_is_dropped(tmp_path: Path, nur
             assert await reader.outcome() == b"a"
 
 
+async def test_a_second_socket_ends_with_a_session_that_breaks_at_once(served: World) -> None:
+    client = await served.connect()
+    await client.send(
+        version({"max_msg_fds": 8, "twin_socket": {"supported": True}}) + message(GET_INFO, INFO, size=1)
+    )
+    (fd,) = (await said(client)).fds
+    with trio.socket.from_stdlib_socket(socket.socket(fileno=fd)) as second:
+        assert await RawClient(second).hung_up()
+    assert (await said(client)).error == errno.EINVAL
+    assert await client.hung_up()
+
+
 async def test_a_client_is_let_go_if_there_is_no_descriptor_for_its_second_socket(
     served: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
