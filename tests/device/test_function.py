@@ -371,6 +371,14 @@ def test_a_lost_client_leaves_no_wiring(rig: Rig) -> None:
     rig.wire_intx()
 
 
+@pytest.mark.parametrize("kind", list(ResetKind))
+def test_the_log_of_written_pages_is_the_clients_and_ends_with_it(rig: Rig, kind: ResetKind) -> None:
+    rig.function.dma.log_start(4096)
+    rig.function.reset(kind)
+    assert rig.function.dma.logging is (kind is not ResetKind.LOST_CLIENT)
+    rig.function.reset(ResetKind.LOST_CLIENT)
+
+
 def test_a_lost_clients_mappings_do_not_reach_the_next_clients_card(rig: Rig) -> None:
     with mmap.mmap(rig.memory.fd, MIB) as left_behind:
         rig.function.reset(ResetKind.LOST_CLIENT)
