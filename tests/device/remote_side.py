@@ -8,9 +8,24 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 
+from device.dma import DmaWindows
 from tests.device.driver_side import GuestMemory
 
 Ask = tuple[str, int, int]  # "read" or "write", address, bytes
+
+
+PAGE = 4096
+
+
+def map_by_message(dma: DmaWindows, client: Client, *, every: int = 1) -> None:
+    """Show the device the client's memory, each `every`th page of it to be asked for, the others mapped."""
+    memory = client.memory
+    if every == 1:
+        dma.map(memory.iova, memory.size, 3)
+    else:
+        for at in range(0, memory.size, PAGE):
+            dma.map(memory.iova + at, PAGE, 3, None if at // PAGE % every == 0 else memory.fd, at)
+    dma.remote = client
 
 
 class Client:
