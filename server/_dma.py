@@ -10,7 +10,7 @@ from typing import Final
 from device.errors import DeviceError
 from device.function import PciFunction
 from protocol import Request
-from protocol.features import bitmap_size, parse_logging_start
+from protocol.features import parse_logging_start
 from protocol.messages import Bitmap, DmaLoggingControl, DmaLoggingReport, DmaMap, DmaUnmap
 from protocol.vfio import DmaMapFlags, DmaUnmapFlags
 from server._answer import Answer, Terms
@@ -60,7 +60,10 @@ def dma_unmap(function: PciFunction, request: Request, body: DmaUnmap, terms: Te
 
 def _unmap_with_bitmap(function: PciFunction, body: DmaUnmap, bitmap: Bitmap) -> Answer:
     with function.gate:
-        _can_report(function, bitmap.page_size)
+        # Whatever the log refuses is refused before the window is gone.
+        smaller = bitmap.page_size < SMALLEST_PAGE
+        if smaller or not function.dma.logging or (body.address | body.length) & (bitmap.page_size - 1):
+            raise DeviceError(EINVAL, f"no writes are logged to whole pages of {bitmap.page_size:#x} bytes")
         function.dma.unmap(body.address, body.length)
         bits = function.dma.log_report(body.address, body.length, bitmap.page_size)
     data = bitmap.encode() + bits.ljust(bitmap.length, b"\0")
@@ -97,16 +100,8 @@ def stop_logging(function: PciFunction, data: bytes) -> bytes:
 
 
 def report_logging(function: PciFunction, data: bytes) -> bytes:
-    """The pages that were written to since they were last reported."""
+    """The pages that were written to since they were last reported; the log checks what is asked."""
     asked = DmaLoggingReport.decode(data)
     with function.gate:
-        _can_report(function, asked.page_size)
         bits = function.dma.log_report(asked.iova, asked.length, asked.page_size)
-    return asked.encode() + bits.ljust(bitmap_size(asked.length, asked.page_size), b"\0")
-
-
-def _can_report(function: PciFunction, page_size: int) -> None:
-    if not function.dma.logging:
-        raise DeviceError(EINVAL, "no writes are logged")
-    if page_size < SMALLEST_PAGE:
-        raise DeviceError(EINVAL, f"a dirty bitmap of pages of {page_size} bytes")
+    return asked.encode() + bits
