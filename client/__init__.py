@@ -6,7 +6,6 @@ from client.connecting import connect as connect
 from client.connecting import over_socket as over_socket
 from client.dirty import DirtyBitmap as DirtyBitmap
 from client.dirty import DirtyLog as DirtyLog
-from client.dirty import unmap_with_bitmap as unmap_with_bitmap
 from client.dma import DmaBuffer as DmaBuffer
 from client.dma import DmaMemory as DmaMemory
 from client.dma import dma_memory as dma_memory

@@ -9,7 +9,7 @@ follows it).
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -92,9 +92,28 @@ class DirtyLog:
         step = min(MAX_REPORT, self.session.max_read // 8 * 8) * 8 * page_size
         for start in range(iova, iova + length, step):
             words += await self._ask(start, min(step, iova + length - start), page_size)
-        written = self.session.windows.take_written(iova, iova + length)
-        for page in self._pages(written, iova, length, page_size):
-            words[page // WORD] |= 1 << page % WORD
+        return self._with_own(iova, length, page_size, words)
+
+    async def unmap(self, iova: int, length: int, page_size: int = 4096) -> DirtyBitmap:
+        """`Session.dma_unmap` that tells which pages of the window were written since the last report. Raises
+        ServerError, and the window stays, if the server does not know of this.
+        """
+        _check_range(iova, length, page_size)
+        size = bitmap_size(length, page_size)
+        if size > self.session.max_read:
+            raise ClientError(f"a bitmap of {size} bytes does not fit into a message of the server's")
+        body = DmaUnmap(DmaUnmap.size + Bitmap.size + size, DmaUnmapFlags.GET_DIRTY_BITMAP, iova, length)
+        reply = await self.session.unmap(body, Bitmap(page_size, size).encode())
+        words = bitmap_words(reply.command, reply.data[Bitmap.size :], length, page_size)
+        return self._with_own(iova, length, page_size, [*words])
+
+    def _with_own(self, iova: int, length: int, page_size: int, words: list[int]) -> DirtyBitmap:
+        """What the device says together with what was written by message."""
+        for start in self.session.windows.take_written(iova, iova + length):
+            first = max(start, iova) - iova
+            end = min(start + self.session.windows.log_page_size, iova + length) - iova
+            for page in range(first // page_size, (end - 1) // page_size + 1):
+                words[page // WORD] |= 1 << page % WORD
         return DirtyBitmap(iova, length, page_size, tuple(words))
 
     async def _ask(self, iova: int, length: int, page_size: int) -> tuple[int, ...]:
@@ -104,29 +123,6 @@ class DirtyLog:
             Feature.DMA_LOGGING_REPORT, asked.encode(), room=DmaLoggingReport.size + size
         )
         return bitmap_words(Command.DEVICE_FEATURE, data[DmaLoggingReport.size :], length, page_size)
-
-    def _pages(self, starts: Iterable[int], iova: int, length: int, page_size: int) -> Iterator[int]:
-        """The numbers of a report's pages that the pages of the log at `starts` touch."""
-        for start in starts:
-            first = max(start, iova)
-            end = min(start + self.session.windows.log_page_size, iova + length)
-            yield from range((first - iova) // page_size, (end - 1 - iova) // page_size + 1)
-
-
-async def unmap_with_bitmap(session: Session, iova: int, length: int, page_size: int = 4096) -> DirtyBitmap:
-    """DMA_UNMAP that tells which pages of the window were written since the last report; raises ServerError,
-    and the window stays, if the server keeps no log or does not know of this.
-    """
-    _check_range(iova, length, page_size)
-    size = bitmap_size(length, page_size)
-    if size > session.max_read:
-        raise ClientError(f"a bitmap of {size} bytes does not fit into a message of the server's")
-    bitmap = Bitmap(page_size, size)
-    body = DmaUnmap(DmaUnmap.size + Bitmap.size + size, DmaUnmapFlags.GET_DIRTY_BITMAP, iova, length)
-    reply = await session.request(Command.DMA_UNMAP, body, bitmap.encode())
-    session.windows.remove(iova, length)
-    words = bitmap_words(reply.command, reply.data[Bitmap.size :], length, page_size)
-    return DirtyBitmap(iova, length, page_size, words)
 
 
 def bitmap_words(command: Command, data: bytes, length: int, page_size: int) -> tuple[int, ...]:

@@ -241,14 +241,19 @@ class Session:
         One that the server refuses to let go stays reachable by message too; one whose unmapping is given up
         by a cancellation does not.
         """
+        await self.unmap(DmaUnmap(DmaUnmap.size, DmaUnmapFlags(0), iova, length))
+
+    async def unmap(self, body: DmaUnmap, data: bytes = b"") -> Reply:
+        """DMA_UNMAP as it is; `client.dirty` has the kind with a bitmap."""
         try:
-            await self.request(Command.DMA_UNMAP, DmaUnmap(DmaUnmap.size, DmaUnmapFlags(0), iova, length))
+            reply = await self.request(Command.DMA_UNMAP, body, data)
         except ServerError:
             raise
         except BaseException:
-            self.windows.remove(iova, length)
+            self.windows.remove(body.address, body.length)
             raise
-        self.windows.remove(iova, length)
+        self.windows.remove(body.address, body.length)
+        return reply
 
     async def feature_probe(self, feature: Feature, methods: FeatureFlags = FeatureFlags.GET) -> bool:
         """Whether the device has a feature, with all of these methods (GET, SET, both)."""

@@ -62,7 +62,7 @@ class Counters:
 
 class NetDriver:
     """Made by `open_net`. `mac`, `mtu` and `link_up` are what the device last said; None or True where it
-    says nothing.
+    says nothing. `memory` has the rings and the frames.
 
     Methods without `async` never wait. Tasks may send and receive concurrently.
     """
@@ -81,7 +81,7 @@ class NetDriver:
         self.mtu: int | None = None
         self.link_up = True
         self._attachment = attachment
-        self._memory = memory
+        self.memory = memory
         self._queues = Queues(memory, plan)
         self._nursery = nursery
         # where the memory is mapped; the first session's window is open_net's
@@ -251,7 +251,7 @@ class NetDriver:
         if session in self._shares:
             return
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(mapped_in(session, self._memory))
+            await stack.enter_async_context(mapped_in(session, self.memory))
             self._shares[session] = stack.pop_all()
 
     async def move_to(self, session: Session) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import client
-from client.dirty import MAX_REPORT, DirtyBitmap, DirtyLog, unmap_with_bitmap
+from client.dirty import MAX_REPORT, DirtyBitmap, DirtyLog
 from client.windows import Window
 from protocol.limits import MAX_LOGGED_RANGES
 from protocol.vfio import DmaMapFlags
@@ -147,7 +147,7 @@ async def test_what_is_not_made_of_pages_is_not_asked_for(iova: int, length: int
         with pytest.raises(client.ClientError, match="pages"):
             await DirtyLog(session).report(iova, length, page_size)
         with pytest.raises(client.ClientError, match="pages"):
-            await unmap_with_bitmap(session, iova, length, page_size)
+            await DirtyLog(session).unmap(iova, length, page_size)
 
 
 async def test_no_more_ranges_are_logged_than_a_server_takes() -> None:
@@ -206,7 +206,7 @@ async def unmapping(answer: Callable[[Peer, Message], None]) -> tuple[DirtyBitma
 
         nursery.start_soon(serve)
         await session.dma_map(0x10000, 10 * PAGE)
-        bitmap = await unmap_with_bitmap(session, 0x10000, 10 * PAGE)
+        bitmap = await DirtyLog(session).unmap(0x10000, 10 * PAGE)
         return bitmap, (0x10000, 10 * PAGE) in session.windows
 
 
@@ -229,7 +229,24 @@ async def test_a_window_that_goes_with_nonsense_is_an_error(tail: bytes) -> None
 async def test_a_bitmap_larger_than_a_message_is_not_asked_for() -> None:
     async with session_with() as (session, _):
         with pytest.raises(client.ClientError, match="does not fit"):
-            await unmap_with_bitmap(session, 0, 4097 * 8 * PAGE)
+            await DirtyLog(session).unmap(0, 4097 * 8 * PAGE)
+
+
+async def test_what_was_written_by_message_is_told_when_the_window_goes() -> None:
+    async with session_with(capabilities=LARGE) as (session, peer), trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            FakeLog(lambda *_: b"").answer(peer, await peer.expect(FEATURE))
+            message = await peer.expect(DMA_UNMAP)
+            peer.reply(message, message.payload + bits(1, count=10))
+
+        nursery.start_soon(serve)
+        memory = memoryview(bytearray(10 * PAGE))
+        session.windows.add(Window(0x10000, len(memory), DmaMapFlags.WRITE, memory))
+        log = DirtyLog(session)
+        await log.start()
+        session.windows.write(0x13000, b"x")
+        assert list((await log.unmap(0x10000, 10 * PAGE)).pages()) == [0x11000, 0x13000]
 
 
 @given(st.sets(st.integers(0, 299)))

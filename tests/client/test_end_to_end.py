@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -188,6 +189,41 @@ async def test_a_card_moves_between_servers_and_no_frame_is_lost(
                     assert report.bytes_stopcopy > 0
                 moved.set()
         assert got == [numbered(number) for number in range(sent)]
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "by message alone"])
+async def test_the_pages_that_the_card_writes_are_told(tmp_path: Path, shared: bool) -> None:
+    async with connected(tmp_path) as session, open_net(session, shared=shared) as nic:
+        await nic.set_rx_mode(RxMode.PROMISCUOUS, True)
+        log = client.DirtyLog(session)
+        page = await log.start()
+        assert page == 4096
+        iova, size = nic.memory.iova, nic.memory.size
+        earlier = set((await log.report(iova, size)).pages())
+        await go_round(nic, 1)
+        written = set((await log.report(iova, size)).pages())
+        later = set((await log.report(iova, size)).pages())  # of the rings, where the card may note something
+        content = bytes(nic.memory.view)
+        came, went = (iova + match.start() for match in re.finditer(re.escape(numbered(0)), content))
+        assert came - came % page in written - earlier - later
+        assert went - went % page not in written | earlier | later
+        await log.stop()
+        with pytest.raises(client.ServerError):
+            await log.report(iova, size)
+
+
+async def test_a_window_tells_its_dirty_pages_when_it_goes(tmp_path: Path) -> None:
+    async with connected(tmp_path) as session, open_net(session, shared=False) as nic:
+        log = client.DirtyLog(session)
+        await log.start()
+        await session.dma_map(0x5000, 4096)
+        bitmap = await log.unmap(0x5000, 4096)
+        assert bitmap.count() == 0
+        assert len(session.windows) == 1
+        await nic.set_rx_mode(RxMode.PROMISCUOUS, True)
+        await nic._attachment.transport.reset()
+        bitmap = await log.unmap(nic.memory.iova, nic.memory.size)
+        assert 0 < bitmap.count() < 10, "the used ring of the control queue, and its answer"
 
 
 def numbered(number: int) -> bytes:
