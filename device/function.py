@@ -358,7 +358,6 @@ class PciFunction:
                 self.interrupts.unwire_all()
                 self.dma.unmap_all()
                 self.dma.log_stop()
-                self.dma.log_stop()
             self.interrupts.reset()
             self.replace_registers(self.config.reset)
             for bar in self.bars.values():
