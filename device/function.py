@@ -343,8 +343,8 @@ class PciFunction:
         Configuration space with BARs and COMMAND, interrupt levels, MSI-X table, memory BARs.
 
         DEVICE and FLR keep the eventfds, the client's masks and the DMA windows, as vfio-pci does, for they
-        are the client's: it goes on using them. LOST_CLIENT drops them and the log of written pages, and gives
-        memory BARs new memory, so that mappings left behind reach the next client's card no more.
+        are the client's: it goes on using them. LOST_CLIENT drops them and the log of written pages, and
+        gives memory BARs new memory, so that mappings left behind reach the next client's card no more.
 
         DEVICE and LOST_CLIENT let a stopped function run again and end a migration. FLR does not: it is the
         driver's, who must not know of either.
