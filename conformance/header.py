@@ -41,7 +41,8 @@ async def message_id_again(server: Server) -> None:
     async with server.session() as peer:
         await peer.send(message(GET_INFO, ASK, message_id=7) * 3)
         for _ in range(3):
-            await peer.reply_to(GET_INFO, 7)
+            reply = await peer.reply_to(GET_INFO, 7)
+            expect(not reply.refused, "that an id may be used again", reply)
 
 
 @section.check(MUST)
