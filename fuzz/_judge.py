@@ -127,6 +127,11 @@ class Judge:
         self._heard += data
 
     @property
+    def begun(self) -> bool:
+        """Whether the server has said anything."""
+        return bool(self._heard)
+
+    @property
     def at_boundary(self) -> bool:
         """Whether the client has not begun a message that it has not finished."""
         return not cut(bytes(self._said))[1]

@@ -16,9 +16,10 @@ from fuzz._choices import PAGE, Choices
 from fuzz._driver import doorbell, furnish, life, scribble
 from fuzz._house import PATIENCE, HangError, House
 from fuzz._judge import Judge, cut
-from fuzz._requests import HEADER_SIZE, Sent, proposal, request
+from fuzz._requests import FEATURE, HEADER_SIZE, MIG_READ, MIG_WRITE, Sent, proposal, request
 from fuzz._zoo import MEMORY_PAGES, Zoo
 from tests.server.raw import (
+    CAPABILITIES,
     CONFIG,
     DMA_MAP,
     DMA_READ,
@@ -34,7 +35,19 @@ from tests.server.raw import (
     dma,
     irqs,
     message,
+    version,
 )
+
+STOPPED, RUNNING, STOP_COPY, RESUMING, _, PRE_COPY = range(1, 7)
+"""States of migration, by the specification's numbers."""
+
+MIG_STATE: Final = 2
+SET: Final = 1 << 17
+MIG_HEAD: Final = 8
+MAX_STREAM: Final = 1 << 18
+
+SOON: Final = 0.002
+"""Seconds in which a card asks for memory, if it does at all."""
 
 SEND_DEADLINE: Final = 31.0
 VERSION_DEADLINE: Final = 11.0
@@ -53,6 +66,8 @@ class Player:
         self._twin: socket.socket | None = None
         self._ended = False
         self._unheard = b""
+        self._twin_unheard = b""
+        self._stream = b""
 
     def close(self) -> None:
         """Hang up without waiting for anything."""
@@ -88,6 +103,20 @@ class Player:
         """Say VERSION."""
         self.send(Sent(proposal(choices)))
 
+    def begin(self, choices: Choices) -> None:
+        """Say VERSION as every known client does."""
+        said = dict(CAPABILITIES, write_multiple=True)
+        if choices.byte() & 1:
+            said["twin_socket"] = {"supported": True}
+        self.send(Sent(version(said)))
+
+    def begin_well(self, choices: Choices) -> None:
+        """All that an honest client does until the driver runs; its memory is mapped or must be asked for."""
+        self.begin(choices)
+        fds = () if choices.byte() & 1 else (self.zoo.kinds["memory"],)
+        self.send(Sent(message(DMA_MAP, dma(0, MEMORY_PAGES * PAGE)), fds))
+        self.bring_up(Choices(b"\1"))
+
     def ask(self, choices: Choices) -> None:
         """A request in one piece."""
         self.send(request(choices, self.zoo))
@@ -117,8 +146,17 @@ class Player:
         elif data := choices.bytes(1 + choices.below(64)):
             self.send(Sent(data, tuple(self.zoo.some(choices, "memory", choices.below(3)))))
 
+    def converse(self, choices: Choices) -> None:
+        """Offer chains, and answer what the card asks while it looks at them."""
+        self.scribble(choices)
+        for _ in range(1 + choices.below(8)):
+            self.answer(choices)
+
     def answer(self, choices: Choices) -> None:
         """Answer what the server asked, or what it did not."""
+        sources = [self._socket] if self._twin is None else [self._socket, self._twin]
+        if not self._ended:
+            select.select(sources, [], [], SOON)
         self.hear()
         asked: list[bytes | None] = [*self._asked()]
         if choices.seldom():
@@ -149,6 +187,39 @@ class Player:
         """Change the rings behind the card's back, then ring a doorbell."""
         self._write(0, *doorbell(scribble(choices, self.zoo.guest)))
 
+    def save(self, choices: Choices) -> None:
+        """Ask for the card's state, mostly in the right order."""
+        for state in (*choices.pick(((STOP_COPY,), (PRE_COPY, STOP_COPY), (PRE_COPY,), (RUNNING,))),):
+            self._enter(choices, state)
+            for _ in range(choices.below(6)):
+                size = choices.pick((65536, 4096, 100, 1))
+                self.send(Sent(message(MIG_READ, struct.pack("=II", MIG_HEAD + size, size))))
+        if choices.often():
+            self._enter(choices, RUNNING)
+
+    def load(self, choices: Choices) -> None:
+        """Give the card a state: its own, mostly, with something wrong in it."""
+        self.hear()
+        self._asked()
+        stream = bytearray(self._stream)
+        for _ in range(choices.below(3)):
+            if stream:
+                stream[choices.below(len(stream))] ^= 1 << choices.below(8)
+        if choices.seldom():
+            del stream[choices.below(len(stream) + 1) :]
+        self._enter(choices, RESUMING)
+        step = choices.pick((65536, 1000, 32))
+        for at in range(0, min(len(stream), 64 * step), step):
+            piece = bytes(stream[at : at + step])
+            payload = struct.pack("=II", MIG_HEAD + len(piece), len(piece)) + piece
+            self.send(Sent(message(MIG_WRITE, payload)))
+        self._enter(choices, STOPPED)
+        self._enter(choices, RUNNING)
+
+    def _enter(self, choices: Choices, state: int) -> None:
+        state = state if choices.often() else choices.below(9)
+        self.send(Sent(message(FEATURE, struct.pack("=IIII", 16, MIG_STATE | SET, state, 0))))
+
     def betray(self, choices: Choices) -> None:
         """Take memory away that may be mapped, or fill an eventfd."""
         if choices.byte() & 1:
@@ -169,13 +240,14 @@ class Player:
 
     def wait(self, choices: Choices) -> None:
         """Let so much time pass that a server loses its patience with one who said nothing yet."""
-        if choices.seldom():
+        self.hear()
+        if not self.judge.begun:
             self.house.pass_time(VERSION_DEADLINE)
             self.judge.dropped = True
 
     def stop_reading(self, choices: Choices) -> None:
         """Ask for more and more without taking an answer, until the server does not bear it any longer."""
-        if not choices.seldom():
+        if not (choices.seldom() and choices.seldom()):
             return
         flood = message(9, access(0, 2, PAGE), message_id=7) * 16
         self.judge.dropped = True
@@ -193,7 +265,7 @@ class Player:
 
     def leave(self, choices: Choices) -> None:
         """Hang up in the middle of whatever it is."""
-        if choices.seldom():
+        if choices.seldom() and choices.seldom():
             self.judge.dropped = True
             self.close()
             self._ended = True
@@ -243,13 +315,18 @@ class Player:
 
     def _asked(self) -> list[bytes]:
         """The headers and first fields of DMA_READ and DMA_WRITE that came since this was last asked."""
-        stream, self._unheard = self._unheard, b""
+        messages, self._unheard = cut(self._unheard)
+        for answer in messages:
+            if answer.command == MIG_READ and answer.kind == 1 and len(self._stream) < MAX_STREAM:
+                self._stream += answer.payload[MIG_HEAD:]
         if self._twin is not None:
             with contextlib.suppress(BlockingIOError, ConnectionResetError):
-                stream += self._twin.recv(1 << 16)
+                self._twin_unheard += self._twin.recv(1 << 16)
+            more, self._twin_unheard = cut(self._twin_unheard)
+            messages += more
         return [
             struct.pack("=HHIII", m.message_id, m.command, m.size, m.flags, m.error) + m.payload[:16]
-            for m in cut(stream)[0]
+            for m in messages
             if m.kind == 0
         ]
 
@@ -295,17 +372,28 @@ _ACTS: Final[tuple[Callable[[Player, Choices], None], ...]] = (
     *(Player.ask,) * 8,
     Player.ask_much,
     Player.ask_in_pieces,
-    *(Player.scribble,) * 3,
+    Player.scribble,
+    *(Player.converse,) * 3,
     Player.map_memory,
     Player.bring_up,
     Player.answer,
     Player.listen,
+    Player.save,
+    Player.load,
     Player.betray,
     Player.babble,
     Player.propose,
     Player.wait,
     Player.stop_reading,
     Player.leave,
+)
+
+
+_BEGINNINGS: Final[tuple[Callable[[Player, Choices], None], ...]] = (
+    Player.listen,
+    Player.propose,
+    *(Player.begin,) * 2,
+    *(Player.begin_well,) * 4,
 )
 
 
@@ -317,8 +405,7 @@ def play(house: House, zoo: Zoo, choices: Choices) -> int:
     zoo.refresh()
     player = Player(house, zoo)
     try:
-        if choices.often():
-            player.propose(choices)
+        choices.pick(_BEGINNINGS)(player, choices)
         while choices.left:
             player.step(choices)
         exchanged = player.finish()

@@ -50,10 +50,14 @@ def test_clients_that_lie_leave_nothing_behind(house: House, zoo: Zoo) -> None:
             zoo.refresh()
             self.player = Player(house, zoo)
 
-        @initialize(choices=DECISIONS)
-        def propose(self, choices: Choices) -> None:
-            if choices.often():
+        @initialize(choices=DECISIONS, how=st.integers(0, 7))
+        def begin(self, choices: Choices, how: int) -> None:
+            if how == 1:
                 self.player.propose(choices)
+            elif how > 4:
+                self.player.begin(choices)
+            elif how:
+                self.player.begin_well(choices)
 
         @rule(choices=DECISIONS)
         def ask(self, choices: Choices) -> None:
@@ -82,6 +86,18 @@ def test_clients_that_lie_leave_nothing_behind(house: House, zoo: Zoo) -> None:
         @rule(choices=DECISIONS)
         def scribble(self, choices: Choices) -> None:
             self.player.scribble(choices)
+
+        @rule(choices=DECISIONS)
+        def converse(self, choices: Choices) -> None:
+            self.player.converse(choices)
+
+        @rule(choices=DECISIONS)
+        def save(self, choices: Choices) -> None:
+            self.player.save(choices)
+
+        @rule(choices=DECISIONS)
+        def load(self, choices: Choices) -> None:
+            self.player.load(choices)
 
         @rule(choices=DECISIONS)
         def answer(self, choices: Choices) -> None:
