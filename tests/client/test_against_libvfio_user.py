@@ -108,7 +108,7 @@ async def test_it_can_be_reset(command: str, tmp_path: Path) -> None:
         assert len(await session.region_read(RegionIndex.CONFIG, 0, 64)) == 64
 
 
-BUFFER = 0x800
+BUFFER = 0x1000
 """Where the DMA server's BAR0 has what it read, or writes."""
 
 
@@ -120,22 +120,23 @@ async def dma(session: client.Session, address: int, length: int, command: int) 
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "by message alone"])
+@pytest.mark.parametrize("size", [1, 4096, 1 << 20])
 async def test_it_reads_and_writes_our_memory_by_message(
-    dma_command: str, tmp_path: Path, shared: bool
+    dma_command: str, tmp_path: Path, shared: bool, size: int
 ) -> None:
     async with (
         session_with(dma_command, tmp_path / "lvu.sock") as session,
-        client.dma_memory(session, 8192, shared=shared) as memory,
+        client.dma_memory(session, 2 << 20, shared=shared) as memory,
     ):
-        content = os.urandom(2048)
-        memory.view[:2048] = content
-        assert await dma(session, memory.iova, 2048, 1) == 0
-        assert await session.region_read(RegionIndex.BAR0, BUFFER, 2048) == content
-        written = os.urandom(2048)
+        content = os.urandom(size)
+        memory.view[:size] = content
+        assert await dma(session, memory.iova, size, 1) == 0
+        assert await session.region_read(RegionIndex.BAR0, BUFFER, size) == content
+        written = os.urandom(size)
         await session.region_write(RegionIndex.BAR0, BUFFER, written)
-        assert await dma(session, memory.iova, 2048, 2) == 0
-        assert bytes(memory.view[:2048]) == written
-        assert not any(memory.view[2048:])
+        assert await dma(session, memory.iova, size, 2) == 0
+        assert bytes(memory.view[:size]) == written
+        assert not any(memory.view[size:])
 
 
 async def test_it_asks_for_the_beginning_of_a_window_only(dma_command: str, tmp_path: Path) -> None:
@@ -161,10 +162,10 @@ async def test_long_writes_reach_it_in_pieces_that_it_reads_whole(dma_command: s
     path = tmp_path / "lvu.sock"
     async with session_with(dma_command, path) as session:
         assert session.max_write < 1 << 15 < session.max_read
-        data = os.urandom(2048)
+        data = os.urandom(session.max_write)
         for _ in range(200):
             await session.post_write(RegionIndex.BAR0, BUFFER, data)
-        assert await session.region_read(RegionIndex.BAR0, BUFFER, 2048) == data
+        assert await session.region_read(RegionIndex.BAR0, BUFFER, len(data)) == data
     server = Server(dma_command, path)
     try:
         await trio.to_thread.run_sync(server.wait_until_listening)
