@@ -22,7 +22,7 @@ def answer(wire: Wire, windows: Windows, event: Request | Refused) -> str | None
     message = _message(wire.connection, windows, event)
     if message:
         with suppress(OSError):  # it left before it was answered: the reader will see
-            wire.queue(message, answer=len(message))
+            wire.queue(message, answer=True)
     return None
 
 

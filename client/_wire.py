@@ -64,12 +64,12 @@ class Wire:
 
     # out
 
-    def queue(self, message: bytes, fds: tuple[int, ...] = (), *, answer: int = 0) -> None:
-        """Send as much as the kernel takes now and keep the rest; takes the descriptors over.
-
-        `answer` is the message's size if it is one, 0 otherwise. Raises OSError if the connection is gone.
+    def queue(self, message: bytes, fds: tuple[int, ...] = (), *, answer: bool = False) -> None:
+        """Send as much as the kernel takes now and keep the rest; takes the descriptors over. Raises OSError
+        if the connection is gone.
         """
         view = memoryview(message)
+        answer_size = len(message) if answer else 0
         if not self._outbox:
             try:
                 sent = send(self._socket, view, fds)
@@ -82,11 +82,11 @@ class Wire:
             if sent == len(view):
                 return
             view = view[sent:]
-        self._outbox.append((view, fds, answer))
+        self._outbox.append((view, fds, answer_size))
         self.queued += len(view)
         if answer:
             self._answers += 1
-            self._answer_bytes += answer
+            self._answer_bytes += answer_size
         self._writer.unpark()
 
     def may_answer(self) -> bool:
@@ -110,19 +110,19 @@ class Wire:
 
     def _write_what_is_taken(self) -> None:
         while self._outbox:
-            view, fds, answer = self._outbox[0]
+            view, fds, answer_size = self._outbox[0]
             sent = send(self._socket, view, fds)
             if not sent:
                 return
             close_all(fds)
             self.queued -= sent
             if sent < len(view):
-                self._outbox[0] = (view[sent:], (), answer)
+                self._outbox[0] = (view[sent:], (), answer_size)
                 continue
             self._outbox.popleft()
-            if answer:
+            if answer_size:
                 self._answers -= 1
-                self._answer_bytes -= answer
+                self._answer_bytes -= answer_size
         self._user.drained()
 
     # in

@@ -284,7 +284,8 @@ class NetDriver:
 
     async def migrate_to(self, session: Session, *, precopy: bool = True) -> MigrationReport:
         """Move the device to another session and the driver with it; frames go on. Raises MigrationError, and
-        goes on with the present device then.
+        goes on with the present device then. If the device moved and the driver cannot follow, it is reset
+        and the driver fails.
         """
         self._attachment.check_fits(session)
         await self.share_with(session)
@@ -293,7 +294,12 @@ class NetDriver:
         except BaseException:
             self.look_again()
             raise
-        await self.move_to(session)
+        try:
+            await self.move_to(session)
+        except BaseException as error:
+            await quietly(session.reset)
+            self._fail(DeviceError(f"the device moved and its driver could not follow: {error!r}"))
+            raise
         return report
 
     def look_again(self) -> None:

@@ -226,6 +226,18 @@ async def test_a_card_with_fewer_vectors_is_no_place_to_go() -> None:
         assert two.driver.session is two.first
 
 
+async def test_a_driver_that_cannot_follow_its_card_fails_and_the_card_is_reset() -> None:
+    events = tuple(os.eventfd(0) for _ in range(3))
+    async with two_cards(movable(doorbell_events=events), movable(), doorbells="eventfd") as two:
+        with pytest.raises(client.ServerError, match="DEVICE_GET_REGION_IO_FDS"):
+            await two.driver.migrate_to(two.second)
+        assert two.new.status == 0
+        with pytest.raises(client.DeviceError, match="could not follow"):
+            await two.driver.send(b"x" * 60)
+    for event in events:
+        os.close(event)
+
+
 async def test_a_driver_that_rings_eventfds_rings_those_of_the_new_card() -> None:
     events = [tuple(os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)) for _ in range(2)]
     old, new = (movable(doorbell_events=own) for own in events)
