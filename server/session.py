@@ -118,24 +118,28 @@ class Session:
                 outcome = drain.run()
             except OSError as error:
                 raise gone(error) from None
-            if outcome == Outcome.OTHER:
+            if outcome == Outcome.EMPTY:
+                await self._sleep()
+                drain.credit = self._limits.messages_per_turn
+            elif outcome == Outcome.OTHER:
                 self._understand(*drain.take())
             elif outcome == Outcome.BLOCKED:
                 self._wire.put(drain.take_unsent())
-            elif outcome == Outcome.GONE:
-                raise ClientLeftError
-            else:
-                if outcome == Outcome.TURN:
-                    await trio.lowlevel.checkpoint()
-                else:
-                    self._asleep = True
-                    try:
-                        await trio.lowlevel.wait_readable(self._socket)
-                    except trio.ClosedResourceError:
-                        pass  # `_attend`: it is not closed, but there is something to do
-                    finally:
-                        self._asleep = False
+            elif outcome == Outcome.TURN:
+                await trio.lowlevel.checkpoint()
                 drain.credit = self._limits.messages_per_turn
+            else:
+                raise ClientLeftError
+
+    async def _sleep(self) -> None:
+        """Until the client says something, or `_attend` finds something to do."""
+        self._asleep = True
+        try:
+            await trio.lowlevel.wait_readable(self._socket)
+        except trio.ClosedResourceError:
+            pass  # it is not closed; see `_attend`
+        finally:
+            self._asleep = False
 
     # --- what the client says
 
