@@ -110,7 +110,6 @@ _CALLBACKS: Final[dict[str, tuple[Any, ...]]] = {
     "log": (None, c_void_p, c_int, c_char_p),
     "region_access": (c_ssize_t, c_void_p, c_void_p, c_size_t, c_int64, c_bool),
     "reset": (c_int, c_void_p, c_int),
-    "quiesce": (c_int, c_void_p),
     "dma": (None, c_void_p, ctypes.POINTER(DmaInfo)),
     "irq_state": (None, c_void_p, c_uint32, c_uint32, c_bool),
     "migration_transition": (c_int, c_void_p, c_int),
@@ -197,11 +196,6 @@ FUNCTIONS: Final[dict[str, dict[Generation, Function]]] = {
         ),
         ("vfu_pci_init", _EVERYWHERE, Function(c_int, (_CONTEXT, c_int, c_int, c_int))),
         ("vfu_setup_device_reset_cb", _EVERYWHERE, Function(c_int, (_CONTEXT, CALLBACKS["reset"]))),
-        (
-            "vfu_setup_device_quiesce_cb",
-            _EVERYWHERE,
-            Function(None, (_CONTEXT, CALLBACKS["quiesce"]), Failure.NEVER),
-        ),
         ("vfu_setup_device_nr_irqs", _EVERYWHERE, Function(c_int, (_CONTEXT, c_int, c_uint32))),
         (
             "vfu_setup_irq_state_callback",

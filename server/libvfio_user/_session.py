@@ -201,26 +201,30 @@ class Session:
     async def _whole(self, look: bytes) -> tuple[Header, bytes]:
         """The header of the message that begins with ``look``, and its start, once all of it is there."""
         if len(look) < HEADER_SIZE:
-            with trio.move_on_after(_REST_DEADLINE):
-                while len(look) < HEADER_SIZE:
-                    await trio.sleep(_REST_PAUSE)
-                    look = self._peek()
+            await self._wait_for(HEADER_SIZE)
+            look = self._peek()
             if len(look) < HEADER_SIZE:
-                raise ClientDroppedError("it sent a part of a header and no more")
+                raise ClientDroppedError("it cuts a header where descriptors are")
         try:
             header = parse_header(look)
         except RemoteProtocolError as error:
             raise ClientDroppedError(str(error)) from None
-        if header.message_size > len(look) and header.message_size > self._untaken():
-            with trio.move_on_after(_REST_DEADLINE):
-                while header.message_size > self._untaken():
-                    await trio.sleep(_REST_PAUSE)
-                    look = self._peek()  # raises when the client has left instead
-            if header.message_size > self._untaken():
-                raise ClientDroppedError(
-                    f"of a message of {header.message_size} bytes only {self._untaken()} came at once"
-                )
+        if header.message_size > len(look):
+            await self._wait_for(header.message_size)
+            look = self._peek()
         return header, look
+
+    async def _wait_for(self, size: int) -> None:
+        """Until so many bytes are in the socket."""
+        with trio.move_on_after(_REST_DEADLINE):
+            while True:
+                gone = any(events & select.POLLHUP for _, events in self._room.poll(0))
+                if self._untaken() >= size:
+                    return
+                if gone:
+                    raise ClientLeftError
+                await trio.sleep(_REST_PAUSE)
+        raise ClientDroppedError(f"of {size} bytes of a message only {self._untaken()} came")
 
     def _untaken(self) -> int:
         """Bytes that wait in the socket."""

@@ -104,7 +104,6 @@ CALLBACKS = {
     _abi.CALLBACKS["log"]: "vfu_log_fn_t *",
     _abi.CALLBACKS["region_access"]: "vfu_region_access_cb_t *",
     _abi.CALLBACKS["reset"]: "vfu_reset_cb_t *",
-    _abi.CALLBACKS["quiesce"]: "vfu_device_quiesce_cb_t *",
     _abi.CALLBACKS["dma"]: "vfu_dma_register_cb_t *",
     _abi.CALLBACKS["irq_state"]: "vfu_dev_irq_state_cb_t *",
     ctypes.POINTER(_abi.MigrationCallbacks): "const vfu_migration_callbacks_t *",

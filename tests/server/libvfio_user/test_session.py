@@ -448,6 +448,15 @@ async def test_a_part_of_a_message_is_not_waited_for_without_end(
         assert await client.hung_up()
 
 
+async def test_a_client_that_leaves_within_a_message_is_not_waited_for(served: World) -> None:
+    for end in (7, 20):
+        client = await served.client()
+        await client.send(message(GET_INFO, INFO)[:end])
+        client.close()
+    with trio.fail_after(2):
+        assert len(await (await served.client()).read(CONFIG, 0, 4)) == 4
+
+
 async def test_a_client_that_reads_no_replies_is_dropped_and_stops_nobody(
     tmp_path: Path, library: Library
 ) -> None:
