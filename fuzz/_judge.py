@@ -27,7 +27,6 @@ from errno import (
     EPERM,
     EPROTO,
 )
-from itertools import accumulate, pairwise
 from typing import Final
 
 from fuzz._requests import HEADER_SIZE
@@ -160,9 +159,11 @@ class Judge:
             if message.command not in (DMA_READ, DMA_WRITE) or message.flags:
                 raise VerdictError(f"the server asked {message}")
         answers = deque(message for message in heard if message.kind)
-        doomed = self.dropped or self._doomed(said, rest)
-        agreed, may_end = False, doomed
+        agreed, may_end, end = False, self.dropped, 0
         for number, message in enumerate(said):
+            start, end = end, end + message.size
+            if sum(fds for at, fds in self._fds if start <= at < end) > MAX_MSG_FDS:
+                may_end = True
             expect = self._expect(message, agreed, bool(asked))
             if expect is Expect.END:
                 return self._the_end(answers, message, number)
@@ -171,7 +172,7 @@ class Judge:
                 continue
             if may_end and not answers:
                 return number
-            if doomed and len(answers) == 1 and answers[0].flags & ERROR:
+            if may_end and len(answers) == 1 and answers[0].flags & ERROR and not answers[0].answers(message):
                 return number  # a farewell
             if not answers or not answers[0].answers(message):
                 what = answers[0] if answers else "nothing"
@@ -180,24 +181,10 @@ class Judge:
             self._check(message, answer)
             if not agreed:
                 agreed = not answer.flags & ERROR
-                may_end = doomed
+                may_end = self.dropped
         if answers and not (len(rest) >= HEADER_SIZE and len(answers) == 1):
             raise VerdictError(f"{answers[0]} answers nothing")
         return len(said)
-
-    def _doomed(self, said: list[Message], rest: bytes) -> bool:
-        """Whether something is the end: what came before it in the same piece may find no answer."""
-        if any(message.kind or message.size > SURELY_TAKEN for message in said):
-            return True
-        if len(rest) >= HEADER_SIZE:
-            _, _, size, flags, _ = struct.unpack_from("=HHIII", rest)
-            if not HEADER_SIZE <= size <= SURELY_TAKEN or flags & 0xF:
-                return True
-        ends = [*accumulate(message.size for message in said), len(self._said) + 1]
-        return any(
-            sum(fds for at, fds in self._fds if start <= at < end) > MAX_MSG_FDS
-            for start, end in pairwise([0, *ends])
-        )
 
     @staticmethod
     def _expect(message: Message, agreed: bool, asked: bool) -> Expect:
