@@ -17,6 +17,7 @@ from typing import Final
 
 import trio
 
+from client._eventfd import signal
 from client.errors import ClientError
 from client.session import Session
 from protocol.limits import DISABLE_TIMEOUT
@@ -103,7 +104,7 @@ class IntxLine(Interrupt):
         """Unmask through the eventfd; raises ClientError without `wire_unmask`."""
         if self._unmask_fd < 0:
             raise ClientError("INTx has no unmask eventfd: call wire_unmask first")
-        os.eventfd_write(self._unmask_fd, 1)
+        signal(self._unmask_fd)
 
     def close(self) -> None:
         """Close both eventfds."""

@@ -5,11 +5,8 @@ KVM can signal an ioeventfd without waking the client; a driver in user space ca
 
 from __future__ import annotations
 
-import os
-import select
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Self
 
 from client._socket import close_all
 from client.errors import BadReplyError, ClientError
@@ -21,8 +18,6 @@ from protocol.vfio import IoEventFdFlags
 
 if TYPE_CHECKING:
     from client.session import Session
-
-_EVENTFD: Final = "anon_inode:[eventfd]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +60,10 @@ async def ask_io_fds(session: Session, index: int) -> IoFds:
         reply = await session.request(Command.DEVICE_GET_REGION_IO_FDS, RegionIoFds(argsz, index=index))
         assert isinstance(reply.body, RegionIoFds)
         needed = reply.body.argsz
-        if argsz < needed <= MAX_INFO_SIZE:
+        if needed > argsz:
             close_all(reply.fds)
+            if needed > MAX_INFO_SIZE:
+                raise BadReplyError(reply.command, f"{needed} bytes of sub-regions")
             argsz = needed
             continue
         try:
@@ -89,24 +86,3 @@ def _checked(session: Session, index: int, body: RegionIoFds, data: bytes, fds: 
             place = f"{entry.offset:#x}+{entry.length:#x}"
             raise BadReplyError(command, f"{place} of region {index}, {size:#x} long")
     return IoFds(index, entries, fds)
-
-
-def is_eventfd(fd: int) -> bool:
-    """Whether a descriptor that came from the server is what it should be: writing to anything else could
-    block, or worse.
-    """
-    try:
-        return str(Path(f"/proc/self/fd/{fd}").readlink()) == _EVENTFD
-    except OSError:
-        return False
-
-
-def signal(fd: int) -> None:
-    """Add one to an eventfd, unless its counter is full: then the server has a wake-up it has not read.
-
-    The server has the same open file and may make it block, so room is asked for first.
-    """
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    if any(event & select.POLLOUT for _, event in poll.poll(0)):
-        os.eventfd_write(fd, 1)

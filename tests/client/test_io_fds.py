@@ -10,9 +10,9 @@ import pytest
 import trio
 
 import client
-from client.io_fds import is_eventfd
+from client._eventfd import is_eventfd
 from protocol import Command
-from protocol.limits import FIRST_ARGSZ, MAX_QUESTIONS
+from protocol.limits import FIRST_ARGSZ, MAX_INFO_SIZE, MAX_QUESTIONS
 from protocol.messages import IoEventFd, IoRegionFd
 from tests.client.peer import IO_FDS, FakeRegion, Message, Peer, open_fds, session_with
 
@@ -132,6 +132,18 @@ async def test_a_server_that_always_needs_more_room_is_an_error() -> None:
 
         nursery.start_soon(serve)
         with pytest.raises(client.BadReplyError, match="more room each time"):
+            await session.io_fds(0)
+
+
+async def test_an_answer_longer_than_any_can_be_is_not_asked_for() -> None:
+    async with session_with(regions=REGIONS) as (session, peer), trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            message = await peer.expect(IO_FDS)
+            peer.reply(message, struct.pack("=IIII", MAX_INFO_SIZE + 1, 0, 0, 20))
+
+        nursery.start_soon(serve)
+        with pytest.raises(client.BadReplyError, match="65537 bytes"):
             await session.io_fds(0)
 
 
