@@ -17,13 +17,9 @@ from client.errors import BadReplyError, ClientError
 from client.session import Session
 from protocol import Command
 from protocol.features import bitmap_size, pack_logging_start
+from protocol.limits import MAX_REPORT
 from protocol.messages import Bitmap, DmaLoggingControl, DmaLoggingReport, DmaUnmap
 from protocol.vfio import DmaUnmapFlags, Feature
-
-MAX_REPORT: Final = 32 << 10
-"""Bytes of bitmap asked for at a time: 1 GiB of 4 KiB pages, and half of what a reply that is not bulk data
-may have.
-"""
 
 WORD: Final = 64
 """A bitmap is made of 64-bit numbers in the host's byte order."""

@@ -19,25 +19,9 @@ import trio
 from client.errors import BadReplyError, ClientError
 from client.session import Session
 from protocol import Command
+from protocol.limits import PRECOPY_ENOUGH, PRECOPY_LIMIT, PRECOPY_PASSES, UNDO_TIMEOUT
 from protocol.messages import FeatureMigration, FeatureMigState, MigData
 from protocol.vfio import DeviceState, Feature, MigrationFlags
-
-PRECOPY_ENOUGH: Final = 64 << 10
-"""A pass over a running device that finds fewer bytes is the last: what is left is not worth another."""
-
-PRECOPY_PASSES: Final = 8
-"""Passes over a running device; one that changes faster than it is copied is stopped all the same."""
-
-PRECOPY_LIMIT: Final = 1 << 30
-"""Bytes taken from a running device before it is stopped all the same: a device that always has more must
-not keep a migration from ending.
-"""
-
-UNDO_TIMEOUT: Final = 5.0
-"""Seconds that either server gets to go back to where it was when a migration fails or is cancelled; also
-what the target gets to start, which cannot be cancelled: nobody would know which of the two runs.
-"""
-
 
 STARTING: Final = "starting the target"
 """The phase in which a target that fails may run all the same."""

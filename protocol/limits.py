@@ -175,6 +175,27 @@ usual size at a time, and a further one of any size.
 MAX_DMA_PAGE: Final = 1 << 30
 """The largest smallest page size of a server that windows are rounded up to: a huge page of x86."""
 
+MAX_REPORT: Final = 32 << 10
+"""Bytes of bitmap asked for at a time: 1 GiB of 4 KiB pages, and half of what a reply that is not bulk data
+may have.
+"""
+
+PRECOPY_ENOUGH: Final = 64 << 10
+"""A pass over a running device that finds fewer bytes is the last: what is left is not worth another."""
+
+PRECOPY_PASSES: Final = 8
+"""Passes over a running device; one that changes faster than it is copied is stopped all the same."""
+
+PRECOPY_LIMIT: Final = 1 << 30
+"""Bytes taken from a running device before it is stopped all the same: a device that always has more must
+not keep a migration from ending.
+"""
+
+UNDO_TIMEOUT: Final = 5.0
+"""Seconds that either server gets to go back to where it was when a migration fails or is cancelled; also
+what the target gets to start, which cannot be cancelled: nobody would know which of the two runs.
+"""
+
 FIRST_ARGSZ: Final = 512
 """Bytes allowed in the first question about a region: enough for 29 sparse areas."""
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import client
-from client.dirty import MAX_REPORT, DirtyBitmap, DirtyLog
+from client.dirty import DirtyBitmap, DirtyLog
 from client.windows import Window
-from protocol.limits import MAX_LOGGED_RANGES
+from protocol.limits import MAX_LOGGED_RANGES, MAX_REPORT
 from protocol.vfio import DmaMapFlags
 from tests.client.peer import DMA_MAP, DMA_UNMAP, FEATURE, Message, Peer, session_with
 

@@ -11,8 +11,9 @@ import trio
 import trio.testing
 
 import client
-from client.migration import PRECOPY_ENOUGH, PRECOPY_PASSES, MigrationControl, MigrationError, migrate
+from client.migration import MigrationControl, MigrationError, migrate
 from protocol import Command
+from protocol.limits import PRECOPY_ENOUGH, PRECOPY_PASSES
 from protocol.vfio import DeviceState, Feature, FeatureFlags, MigrationFlags
 from tests.client.fake_mover import (
     ERROR,
