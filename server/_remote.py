@@ -128,9 +128,7 @@ class TwinMemory(ByMessage):
 
     def close(self) -> None:
         """See the base class. Whoever waits on the socket is woken by its end."""
-        self._closed = True
-        with contextlib.suppress(OSError):  # the client's end is gone already, which wakes as well
-            self._socket.shutdown(socket.SHUT_RDWR)
+        self._hang_up()
         with self._turn:
             close_all(self._engine.close())
             self._socket.close()
@@ -146,10 +144,15 @@ class TwinMemory(ByMessage):
             self._put(self._wire, answer, command, body, data)
             return self._wait(self._wire, self._socket.fileno(), answer, self._pull, until)
         except (ClientLeftError, ClientDroppedError):
-            self._closed = True
+            self._hang_up()
             raise _nobody() from None
         finally:
             self._turn.release()
+
+    def _hang_up(self) -> None:
+        self._closed = True
+        with contextlib.suppress(OSError):  # the client's end is gone already, which wakes as well
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def _pull(self) -> bool:
         try:
@@ -168,6 +171,8 @@ class TwinMemory(ByMessage):
             if isinstance(event, Answered):
                 self.answered(event)
             elif isinstance(event, Refused):
+                if self._wire.busy:
+                    raise ClientDroppedError("it asks on the second socket and takes no answers")
                 self._wire.put(self._engine.error(event, event.errno))
         if self._engine.closed:
             raise ClientDroppedError("it breaks the protocol on the second socket")
@@ -237,10 +242,10 @@ class InBandMemory(ByMessage):
                 return  # he has given up, or the session is over
         try:
             self._put(self._wire, answer, command, body, data)
-        except DeviceError as error:
-            answer.set_exception(error)
         except (ClientLeftError, ClientDroppedError):
             answer.set_exception(_nobody())  # and the session finds out by itself
+        except Exception as error:
+            answer.set_exception(error)
         if self._wire.busy:
             self._attend()
 

@@ -29,8 +29,8 @@ import trio
 from device.errors import DeviceError
 from device.function import PciFunction, ResetKind
 from protocol import Broken, Connection, Event, Negotiated, Refused, Request, Role, command_name
-from protocol.limits import KEPT_DESCRIPTOR, KEPT_REQUEST, MAX_KEPT, SessionLimits
-from protocol.quirks import Quirk
+from protocol.limits import KEPT_DESCRIPTOR, KEPT_REQUEST, MAX_KEPT, Limits, SessionLimits
+from protocol.quirks import Overrides, Quirk
 from server._answer import Terms
 from server._descriptors import close_all
 from server._drain import Drain, Outcome
@@ -47,7 +47,8 @@ log = logging.getLogger("trionic.server")
 class Session:
     """Serves ``function`` to the client at the other end of ``client``, a non-blocking unix stream socket.
 
-    Takes over the socket: it is closed when `run` ends.
+    Takes over the socket: it is closed when `run` ends. ``offer`` is what the client is told that this end
+    takes; ``quirks`` says what the client has or has not, whatever it looks like.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class Session:
         *,
         poll_us: int = 0,
         limits: SessionLimits | None = None,
+        offer: Limits | None = None,
+        quirks: Overrides | None = None,
     ) -> None:
         self._function = function
         self._socket = client
         self._limits = limits or SessionLimits()
-        self._engine = Connection(Role.SERVER)
+        self._engine = Connection(Role.SERVER, offer, quirks)
         self._drain = Drain(
             client.fileno(), function.region_read, function.region_write, self._failed, poll_us=poll_us
         )

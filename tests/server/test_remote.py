@@ -9,8 +9,10 @@ import trio
 import trio.testing
 
 from device.errors import DeviceError
-from protocol.limits import MAX_DMA_UNANSWERED
-from server import SessionLimits
+from protocol.limits import MAX_DMA_UNANSWERED, Limits
+from protocol.quirks import Overrides, Quirk
+from server import SessionLimits, serve
+from server.session import Session
 from tests.server.answering import INFO, IOVA, Worker, granted, memory, refused, said
 from tests.server.raw import (
     DMA_READ,
@@ -21,6 +23,7 @@ from tests.server.raw import (
     RawClient,
     access,
     message,
+    version,
 )
 from tests.server.world import World, world
 
@@ -195,3 +198,60 @@ async def test_a_client_that_takes_no_requests_is_dropped(
         worker = Worker(nursery, partial(memory(served).write, IOVA, bytes(1 << 20)))
         assert await worker.outcome() == errno.ENOTCONN
     assert "it takes no messages" in caplog.text
+
+
+# --- clients with ways of their own
+
+QEMU = {
+    "max_msg_fds": 16,
+    "max_data_xfer_size": 1 << 20,
+    "max_dma_maps": 65535,
+    "pgsizes": 4096,
+    "write_multiple": True,
+    "migration": {"pgsize": 4096},
+}
+
+
+async def as_qemu(client: RawClient) -> None:
+    """Agree on a version in QEMU's words."""
+    await client.send(version(QEMU, minor=0))
+    assert not (await said(client)).fds
+
+
+async def work_as_qemu(served: World, client: RawClient, nursery: trio.Nursery) -> None:
+    """Read and write memory by messages whose count has 4 bytes, and whose length is as if it had 8."""
+    await client.do(GET_INFO, INFO)
+    writer = Worker(nursery, partial(memory(served).write, IOVA, b"abcd"))
+    request = await said(client)
+    assert request.payload == struct.pack("=QI", IOVA, 4) + b"abcd" + bytes(4)
+    await client.send(message(DMA_WRITE, message_id=request.message_id, flags=REPLY))
+    assert await writer.outcome() is None
+    reader = Worker(nursery, partial(memory(served).read, IOVA, 4))
+    request = await said(client)
+    shifted = struct.pack("=QI", IOVA, 4) + b"efgh" + bytes(4)
+    await client.send(message(DMA_READ, shifted, message_id=request.message_id, flags=REPLY))
+    assert await reader.outcome() == b"efgh"
+
+
+async def test_qemu_is_spoken_to_in_its_own_way(served: World, nursery: trio.Nursery) -> None:
+    client = await served.connect()
+    await as_qemu(client)
+    await work_as_qemu(served, client, nursery)
+
+
+async def test_who_has_which_ways_may_be_told_by_hand(tmp_path: Path, nursery: trio.Nursery) -> None:
+    shifted = Overrides(force=frozenset({Quirk.SHIFTED_DMA}))
+    by = partial(serve, session=partial(Session, quirks=shifted))
+    async with world(tmp_path, by=by) as served:
+        await work_as_qemu(served, await served.client(), nursery)
+
+
+async def test_what_this_end_offers_may_be_told_by_hand(tmp_path: Path) -> None:
+    by = partial(serve, session=partial(Session, offer=Limits(twin_socket=False, max_data_xfer_size=4096)))
+    async with world(tmp_path, by=by) as served:
+        client = await served.connect()
+        reply = await client.negotiate({"max_msg_fds": 8, "twin_socket": {"supported": True}})
+        assert not reply.fds
+        assert b'"max_data_xfer_size":4096' in reply.payload
+        await client.do(GET_INFO, INFO)
+        assert served.function.dma.remote_limit == 4096

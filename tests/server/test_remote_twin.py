@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import os
@@ -102,6 +103,18 @@ async def test_a_request_on_the_second_socket_is_refused(
     assert (refusal.command, refusal.message_id, refusal.error) == (GET_INFO, 9, errno.EINVAL)
     await twin.second.send(granted(request, b"abcd"))
     assert await worker.outcome() == b"abcd"
+
+
+async def test_who_asks_on_the_second_socket_and_takes_no_answers_loses_it(
+    served: World, twin: Twin, nursery: trio.Nursery
+) -> None:
+    worker = Worker(nursery, partial(memory(served).read, IOVA, 4))
+    await said(twin.second)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        while True:
+            await twin.second.send(message(GET_INFO, INFO) * 1000)
+    assert await worker.outcome() == errno.ENOTCONN
+    await twin.main.do(GET_INFO, INFO)
 
 
 @pytest.mark.parametrize("leave", [True, False], ids=["hangs up", "talks nonsense"])
