@@ -48,7 +48,8 @@ def doorbell(queue: int) -> Write:
 
 
 def furnish(guest: mmap.mmap) -> None:
-    """Descriptors that all are good, so that any head is."""
+    """Empty rings, and descriptors that all are good, so that any head is."""
+    guest[:BUFFERS] = bytes(BUFFERS)
     for index in range(RING_SIZE):
         address = BUFFERS + 2 * PAGE * index
         struct.pack_into("<QIHH", guest, 16 * index, address, 2048, 2, 0)
