@@ -5,21 +5,45 @@ never an exception.
 from __future__ import annotations
 
 import struct
-from errno import EINVAL, EOPNOTSUPP, EPROTO
+from errno import EINVAL, EIO, EOPNOTSUPP, EPROTO
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol import BadReply, Broken, Command, Connection, Limits, LocalProtocolError, Refused, Request, Role
-from protocol.limits import MAX_VERSION_DATA
+from protocol import (
+    BadReply,
+    Broken,
+    Command,
+    Connection,
+    ErrorReply,
+    Limits,
+    LocalProtocolError,
+    Refused,
+    RemoteProtocolError,
+    Request,
+    Role,
+)
+from protocol.limits import (
+    MAX_CAPABILITIES,
+    MAX_ERRNO,
+    MAX_JSON_NUMBER,
+    MAX_VERSION_DATA,
+    MAX_WRITE_SIZE,
+)
 from protocol.messages import (
+    CapabilityHeader,
     DeviceInfo,
     DmaUnmap,
     IrqInfo,
     RegionAccess,
+    RegionInfo,
+    WriteMulti,
+    WriteMultiEntry,
 )
-from protocol.vfio import DmaUnmapFlags
+from protocol.region_info import parse_capabilities_chain
+from protocol.vfio import DmaUnmapFlags, RegionFlags
+from protocol.write_multi import parse_writes
 from tests.protocol import wire
 from tests.protocol.wire import (
     message,
@@ -333,3 +357,47 @@ def test_any_framed_reply_answers_or_ends(command: int, payload: bytes, flags: i
     events = client.receive(message(message_id, command, payload, flags=flags, error=error))
     assert len(events) == 1
     assert client.closed == (command != Command.DEVICE_GET_INFO)
+
+
+# limits, each met and exceeded by one
+
+
+@pytest.mark.parametrize(("number", "taken"), [(MAX_JSON_NUMBER, True), (MAX_JSON_NUMBER + 1, False)])
+def test_a_capability_has_64_bits(number: int, taken: bool) -> None:
+    server = Connection(Role.SERVER)
+    server.receive(proposal(json=b'{"capabilities":{"max_dma_maps":%d}}\0' % number))
+    assert server.ready is taken
+
+
+@pytest.mark.parametrize(("number", "told"), [(MAX_ERRNO, MAX_ERRNO), (MAX_ERRNO + 1, EIO)])
+def test_an_errno_is_one_that_linux_knows(number: int, told: int) -> None:
+    client = ready_client()
+    message_id, _ = client.request(Command.DEVICE_RESET)
+    (event,) = client.receive(message(message_id, wire.RESET, flags=wire.REPLY | wire.ERROR, error=number))
+    assert isinstance(event, ErrorReply)
+    assert event.errno == told
+
+
+@pytest.mark.parametrize(
+    ("count", "taken"), [(MAX_WRITE_SIZE, True), (MAX_WRITE_SIZE + 1, False), (0, False)]
+)
+def test_one_of_many_writes_has_eight_bytes(count: int, taken: bool) -> None:
+    data = WriteMultiEntry(0, 0, count, bytes(8)).encode()
+    if taken:
+        assert parse_writes(WriteMulti(1), data) == ((0, 0, bytes(8)),)
+    else:
+        with pytest.raises(RemoteProtocolError):
+            parse_writes(WriteMulti(1), data)
+
+
+@pytest.mark.parametrize("links", [MAX_CAPABILITIES, MAX_CAPABILITIES + 1])
+def test_a_chain_of_capabilities_has_an_end(links: int) -> None:
+    last = RegionInfo.size + 8 * (links - 1)
+    starts = range(RegionInfo.size, last + 1, 8)
+    data = b"".join(CapabilityHeader(9, 1, 0 if at == last else at + 8).encode() for at in starts)
+    info = RegionInfo(RegionInfo.size, RegionFlags.READ | RegionFlags.CAPS, 0, RegionInfo.size, 4096)
+    if links == MAX_CAPABILITIES:
+        assert len(parse_capabilities_chain(info, data)) == links
+    else:
+        with pytest.raises(RemoteProtocolError, match="more than"):
+            parse_capabilities_chain(info, data)
