@@ -5,18 +5,21 @@ A payload is what follows the header. Whoever calls this knows which quirks his 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Final
 
 from protocol.commands import Command
 from protocol.messages import DmaAccess, DmaUnmap
 from protocol.quirks import Quirk
-from protocol.vfio import DmaUnmapFlags
 
 _EARLY: Final = 4
 """Bytes by which QEMU's data stand too early: it has a count of 32 bits."""
 
 _HEAD: Final = DmaAccess.size - _EARLY
+
+_FLAGS: Final = struct.Struct("=I")
+_FLAGS_AT: Final = next(field.offset for field in DmaUnmap.layout if field.name == "flags")
 
 Form = tuple[int, bool]
 """(command, whether it is the reply)."""
@@ -81,6 +84,5 @@ def complete_write_reply(asked: DmaAccess, payload: memoryview) -> memoryview:
 
 
 def _with_flags(content: bytes, moved: Callable[[int], int]) -> bytes:
-    body = DmaUnmap.decode(content)
-    flags = DmaUnmapFlags(moved(int(body.flags)) & 0xFFFF_FFFF)
-    return DmaUnmap(body.argsz, flags, body.address, body.length).encode() + content[DmaUnmap.size :]
+    (flags,) = _FLAGS.unpack_from(content, _FLAGS_AT)
+    return content[:_FLAGS_AT] + _FLAGS.pack(moved(flags) & 0xFFFF_FFFF) + content[_FLAGS_AT + _FLAGS.size :]

@@ -18,6 +18,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import IntFlag
+from functools import cache
 from operator import attrgetter
 from typing import (
     TYPE_CHECKING,
@@ -98,7 +99,7 @@ class Record:
         if cls._convert:
             values = list(values)
             for position, flags in cls._convert:
-                values[position] = flags(values[position])
+                values[position] = _flags(flags, values[position])
         return cls(*values)
 
     def pretty(self) -> str:
@@ -110,13 +111,31 @@ class Record:
         for field in self.layout:
             value = getattr(self, field.name)
             if field.flags is not None:
-                text = field.flags(value).name or hex(value)
+                text = _flags(field.flags, int(value)).name or hex(value)
             elif isinstance(value, bytes):
                 text = value.hex()
             else:
                 text = hex(value) if field.size == 8 else str(value)
             shown.append(f"{field.name}={text}")
         return shown
+
+
+@cache
+def _unnamed(kind: type[IntFlag]) -> int:
+    """The bits that are no flag of `kind`."""
+    return ~sum(int(flag) for flag in kind)
+
+
+def _flags(kind: type[IntFlag], value: int) -> IntFlag:
+    """`kind(value)`, and nothing is kept of it: an IntFlag remembers for ever each value that it was made
+    from, and a peer can choose 2**32 of them.
+    """
+    if not value & _unnamed(kind):
+        return kind(value)
+    member = int.__new__(kind, value)
+    member._value_ = value
+    member._name_ = None
+    return member
 
 
 R = TypeVar("R", bound=Record)

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from errno import EPROTO
 from typing import Final
 
 from protocol.errors import RemoteProtocolError
 from protocol.limits import ADDRESS_SPACE, MAX_IO_FDS
 from protocol.messages import IoEventFd, IoRegionFd, RegionIoFds
-from protocol.vfio import IoEventFdFlags, IoFdType
+from protocol.vfio import IoFdType
 
 IoFd = IoEventFd | IoRegionFd
 
@@ -53,7 +54,7 @@ def parse_io_fds(body: RegionIoFds, data: bytes, nr_fds: int) -> tuple[IoFd, ...
 
 
 def _entry(data: bytes, nr_fds: int) -> IoFd:
-    entry: IoFd = IoEventFd.decode(data)
+    entry = IoEventFd.decode(data)
     if entry.length > ADDRESS_SPACE - entry.offset:
         raise _malformed(f"sub-region {entry.offset:#x}+{entry.length:#x} wraps")
     if entry.fd_index >= nr_fds:
@@ -64,8 +65,7 @@ def _entry(data: bytes, nr_fds: int) -> IoFd:
         raise _malformed(f"a sub-region of type {entry.type}")
     if len(data) == _LONG_ENTRY:
         (datamatch,) = _DATAMATCH.unpack_from(data, _LONG_ENTRY - _DATAMATCH.size)
-        flags = IoEventFdFlags(int(entry.flags))
-        return IoEventFd(entry.offset, entry.length, entry.fd_index, flags=flags, datamatch=datamatch)
+        return replace(entry, padding=0, datamatch=datamatch)
     return entry
 
 

@@ -215,3 +215,16 @@ def test_the_layout_table_lists_fields_in_wire_order() -> None:
         ["12", "4", "start"],
         ["16", "4", "count"],
     ]
+
+
+@pytest.mark.parametrize("kind", [DmaMap, DmaUnmap, DeviceFeature, SetIrqs, RegionInfo])
+def test_flags_that_a_peer_makes_up_are_kept_in_the_record_alone(kind: type[Record]) -> None:
+    at = next(field for field in kind.layout if field.flags)
+    assert at.flags is not None
+    remembered = len(at.flags._value2member_map_)
+    for value in range(1 << 20, 1 << 28, 1 << 20):
+        sent = bytes(at.offset) + value.to_bytes(4, sys.byteorder) + bytes(kind.size - at.offset - 4)
+        one = kind.decode(sent)
+        assert (one.encode(), getattr(one, at.name)) == (sent, value)
+        assert hex(value) in one.pretty() or at.flags is vfio.FeatureFlags
+    assert len(at.flags._value2member_map_) - remembered < 1 << 3
