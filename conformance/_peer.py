@@ -42,29 +42,34 @@ class HungUp(Failed):
 
 
 class Wire:
-    """One socket of a session."""
+    """One socket of a session. Several tasks may send, one at a time receives."""
 
     def __init__(self, connected: socket.socket, patience: float, own: Callable[[int], None]) -> None:
         self.socket = connected
         self._patience = patience
         self._own = own
+        self._sending = trio.Lock()
 
     async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Put bytes on the wire, descriptors with the first of them; `Failed` if the server takes none."""
+        with trio.move_on_after(self._patience) as late:
+            async with self._sending:
+                await self._send(data, fds)
+        if late.cancelled_caught:
+            raise Failed("a server that reads", f"{len(data)} bytes not taken within {self._patience:g} s")
+
+    async def _send(self, data: bytes, fds: Sequence[int]) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         rest = memoryview(data)
-        with trio.move_on_after(self._patience) as late:
-            while rest:
-                await trio.lowlevel.wait_writable(self.socket)
-                try:
-                    sent = self.socket.sendmsg([rest], rights, socket.MSG_NOSIGNAL)
-                except BlockingIOError:
-                    continue
-                except OSError as error:
-                    raise HungUp("a server that listens", f"a closed connection ({error.strerror})") from None
-                rest, rights = rest[sent:], []
-        if late.cancelled_caught:
-            raise Failed("a server that reads", f"none of {len(rest)} bytes taken in {self._patience:g} s")
+        while rest:
+            await trio.lowlevel.wait_writable(self.socket)
+            try:
+                sent = self.socket.sendmsg([rest], rights, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise HungUp("a server that listens", f"a closed connection ({error.strerror})") from None
+            rest, rights = rest[sent:], []
 
     async def receive(self, wanted: str) -> Message | None:
         """The next message, or None where the server hung up; `Failed` if nothing comes in time."""
@@ -116,6 +121,8 @@ class Peer:
         """What the server asked for, each with the socket it came by: "main" or "twin"."""
         self._things = ExitStack()
         self._things.callback(connected.close)
+        self._fds: set[int] = set()
+        self._things.callback(self._close_all)
         self._main = Wire(connected, patience, self.own)
         self._twin: Wire | None = None
         self._next_id = 0x100
@@ -130,7 +137,17 @@ class Peer:
 
     def own(self, fd: int) -> None:
         """Close this descriptor in the end."""
-        self._things.callback(_close, fd)
+        self._fds.add(fd)
+
+    def let_go(self, fd: int) -> None:
+        """Close this descriptor now."""
+        self._fds.remove(fd)
+        os.close(fd)
+
+    def _close_all(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
 
     def eventfd(self) -> int:
         """A new eventfd."""
@@ -361,11 +378,3 @@ def _about(what: str) -> str:
 def _told_apart(reply: Message) -> str:
     flags = HeaderFlags(reply.flags)
     return f"{reply} with id {reply.message_id:#x} and flags {flags!r}"
-
-
-def _close(fd: int) -> None:
-    try:
-        os.close(fd)
-    except OSError as error:
-        if error.errno != errno.EBADF:
-            raise

@@ -38,7 +38,7 @@ from protocol.vfio import (
 )
 
 ADDRESS_SPACE: Final = 1 << 64
-DEFINED_FLAGS: Final = 0xF | HeaderFlags.NO_REPLY | HeaderFlags.ERROR
+DEFINED_FLAGS: Final = 0xF | int(HeaderFlags.NO_REPLY | HeaderFlags.ERROR)
 KINDS: Final = {
     "max_msg_fds": int,
     "max_data_xfer_size": int,

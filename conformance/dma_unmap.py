@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
+from conformance._features import put
 from conformance._memory import IOVA, PAGE
 from conformance._messages import message, split
 from conformance._server import Server
 from conformance.checks import EXTENSION, MUST, SHOULD, NotApplicable, Section, expect
 from protocol import Command
-from protocol.messages import Bitmap, DmaUnmap, HeaderFlags
-from protocol.vfio import DmaUnmapFlags
+from protocol.messages import Bitmap, DmaLoggingControl, DmaUnmap, HeaderFlags
+from protocol.vfio import DmaUnmapFlags, Feature
 
 section = Section("dma-unmap", "VFIO_USER_DMA_UNMAP")
 
@@ -123,6 +124,7 @@ async def dirty_bitmap(server: Server) -> None:
     """A dirty bitmap, of earlier versions, is refused or follows the entry with a bit for each page."""
     async with server.session() as peer:
         await peer.mapped(IOVA, peer.memory(4 * PAGE))
+        await put(peer, Feature.DMA_LOGGING_START, DmaLoggingControl(PAGE, 0))
         bits = Bitmap(PAGE, 8)
         room = DmaUnmap.size + Bitmap.size + bits.length
         asked = DmaUnmap(room, DmaUnmapFlags.GET_DIRTY_BITMAP, IOVA, 4 * PAGE)

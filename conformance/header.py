@@ -250,7 +250,7 @@ async def unwanted_are_closed(server: Server) -> None:
     async with server.session() as peer:
         pipes = _pipes(peer, 1)
         await peer.ask(GET_INFO, ASK, [pipes[0][1]])
-        os.close(pipes[0][1])
+        peer.let_go(pipes[0][1])
         await peer.quiet("what was answered")
         await _all_closed(server, pipes, "a descriptor that came with DEVICE_GET_INFO")
 
@@ -261,7 +261,7 @@ async def refused_are_closed(server: Server) -> None:
     async with server.session() as peer:
         pipes = _pipes(peer, 1)
         await peer.refused(0xEEEE, b"", [pipes[0][1]], what="a command that is none")
-        os.close(pipes[0][1])
+        peer.let_go(pipes[0][1])
         await peer.quiet("what was answered")
         await _all_closed(server, pipes, "a descriptor of a refused command")
 
@@ -272,7 +272,7 @@ async def of_half_a_message_are_closed(server: Server) -> None:
     async with server.session() as peer:
         pipes = _pipes(peer, 1)
         await peer.send(message(Command.DMA_MAP, bytes(32))[:20], [pipes[0][1]])
-        os.close(pipes[0][1])
+        peer.let_go(pipes[0][1])
         peer.hang_up()
         await server.serves_on("half a message with a descriptor")
         await _all_closed(server, pipes, "a descriptor of half a message")
@@ -288,7 +288,7 @@ async def too_many(server: Server) -> None:
             await peer.send(message(GET_INFO, ASK), [end for _, end in pipes])
             await peer.next()
         for _, end in pipes:
-            os.close(end)
+            peer.let_go(end)
         peer.hang_up()
         await server.serves_on(f"{len(pipes)} descriptors in a message")
         await _all_closed(server, pipes, f"each of {len(pipes)} descriptors")

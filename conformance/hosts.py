@@ -24,7 +24,7 @@ RETRY_S: Final = 0.01
 LAST_BREATH_S: Final = 1.0
 """Seconds that a started server has to end, if it ends with its client."""
 
-SHORT_GRACE_S: Final = 0.05
+SHORT_GRACE_S: Final = 0.02
 """The same for one that has been seen to go on: some end only after clients that were refused."""
 
 POLL_S: Final = 0.001

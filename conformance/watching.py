@@ -8,8 +8,8 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from errno import EEXIST, EINVAL, EOPNOTSUPP
 from pathlib import Path
@@ -123,11 +123,7 @@ class _Watcher:
 
     async def _converse(self) -> None:
         async with trio.open_nursery() as nursery:
-            with suppress(HungUp):
-                try:
-                    await self._serve(nursery)
-                except Failed as failure:
-                    self._situation.judge("client-header.size", False, failure.expected, failure.came)
+            await self._watched(self._serve(nursery))
             nursery.cancel_scope.cancel()
         for index, needed in self._situation.cut.items():
             wanted = f"a question with argsz {needed} for region {index}"
@@ -135,6 +131,15 @@ class _Watcher:
         if self._commands:
             left = len(self._situation.windows)
             self._situation.judge("client-dma-unmap.all", not left, "no window in the end", f"{left} of them")
+
+    async def _watched(self, conversation: Awaitable[None]) -> None:
+        """Until the client leaves; what cannot be taken apart is held against it, and the end."""
+        try:
+            await conversation
+        except HungUp:
+            pass
+        except Failed as failure:
+            self._situation.judge("client-header.size", False, failure.expected, failure.came)
 
     async def _serve(self, nursery: trio.Nursery) -> None:
         first = await self._main.receive("VERSION")
@@ -203,16 +208,15 @@ class _Watcher:
         await self._main.send(event.reply, theirs)
         self._close_all()
         if over == "twin":
-            nursery.start_soon(self._hear, wire, self._questions, nursery)
+            nursery.start_soon(self._watched, self._hear(wire, self._questions, nursery))
 
     async def _hear(self, wire: Wire, questions: Questions, nursery: trio.Nursery) -> None:
         """Answers that come over the twin socket."""
-        with suppress(HungUp):
-            while (found := await wire.receive("an answer")) is not None:
-                good = found.is_reply
-                if self._situation.judge("client-header.replies", good, "a reply over the twin", found):
-                    questions.answered(found, "twin")
-                    await questions.send(nursery)
+        while (found := await wire.receive("an answer")) is not None:
+            good = found.is_reply
+            if self._situation.judge("client-header.replies", good, "a reply over the twin", found):
+                questions.answered(found, "twin")
+                await questions.send(nursery)
 
     async def _handle(self, request: Request) -> None:
         handler = _HANDLERS.get(request.command)
