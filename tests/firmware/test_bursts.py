@@ -24,8 +24,8 @@ Action = Callable[[Card], None]
 def make() -> Iterator[Callable[..., Card]]:
     made: list[Card] = []
 
-    def card(framing: int = PACKETS, header: int = 0, *, mapped_rings: bool = False) -> Card:
-        made.append(Card(framing, header, by_message=True))
+    def card(framing: int = PACKETS, header: int = 0, *, mapped_rings: bool = False, size: int = 256) -> Card:
+        made.append(Card(framing, header, by_message=True, size=size))
         if mapped_rings:
             map_rings(made[-1])
         return made[-1]
@@ -135,15 +135,30 @@ def test_a_frame_in_one_buffer_is_one_message(make: Callable[..., Card]) -> None
 
 
 def test_more_completions_than_are_kept_are_written_in_time(make: Callable[..., Card]) -> None:
-    card = make()
-    total = 12 + len(frame(b"z" * 400))
-    addresses = card.offer(*[20] * 240)
-    for _ in range(10):
-        card.network.send(frame(b"z" * 400))
-    card.settle()
+    card = make(size=1024)
+    frames, total = 15, 12 + len(frame(b"z" * 1000))
     each = -(-total // 20)
-    assert [written for _, written in card.rx.used()] == ([20] * (each - 1) + [total - 20 * (each - 1)]) * 10
+    addresses = card.offer(*[20] * (frames * each))
+    for _ in range(frames):
+        card.network.send(frame(b"z" * 1000))
+    card.settle()
+    assert frames * each > 512
+    assert card.rx.used() == [
+        (head, 20 if head % each < each - 1 else total - 20 * (each - 1)) for head in range(frames * each)
+    ]
     assert card.memory.read(addresses[0] + 10, 2) == struct.pack("<H", each)
+
+
+def test_what_a_burst_owes_is_paid_before_it_does_more(make: Callable[..., Card]) -> None:
+    card = make()
+    card.send(numbered(1))
+    once(card, lambda card: card.dma.disturb(), lambda ask: ask[1] == card.tx.driver + 2 and sent(card) != [])
+    assert card.path.service()
+    assert card.tx.used() == []
+    card.client.asked.clear()
+    card.settle()
+    assert card.client.asked[0] == ("write", card.tx.device + 4, 8)
+    assert len(card.tx.used()) == 1
 
 
 # --- refusals
@@ -472,6 +487,88 @@ def test_bursts_by_message_are_bounded_too(make: Callable[..., Card]) -> None:
         card.send(numbered(number))
     assert card.path.service()
     assert len(card.tx.used()) == BURST
+
+
+# --- another card goes on
+
+
+@pytest.mark.parametrize("direction", ["tx", "rx"])
+def test_completions_that_no_ring_has_yet_go_along(make: Callable[..., Card], direction: str) -> None:
+    """The card is stopped while it writes the completion of a frame that it has sent, or delivered."""
+    card = make()
+    ring, queue = (card.tx, card.path.tx) if direction == "tx" else (card.rx, card.path.rx)
+    if direction == "tx":
+        card.send(numbered(1))
+        card.send(numbered(2))
+    else:
+        card.offer(100, 100)
+        card.network.send(numbered(1))
+    once(card, forbid, lambda ask: ask[:2] == ("write", ring.device + 4))
+    card.settle()
+    with card.path.gate:
+        saved = card.path.save()
+        places = [(each.last_avail, each.used_index) for each in (card.path.rx, card.path.tx)]
+    assert queue.owed_list() == ([(0, 0), (2, 0)] if direction == "tx" else [(0, 12 + 18)])
+    target = make()
+    target.dma.unmap_all()
+    target.dma.map(card.memory.iova, card.memory.size, 3)
+    target.dma.remote = card.client
+    for each, rings, place in zip((target.path.rx, target.path.tx), (card.rx, card.tx), places, strict=True):
+        each.reset()
+        each.enable(256, *rings.addresses)
+        each.restore(*place)
+        each.vector = each.index
+    apply = target.path.stage(saved)
+    with target.path.gate:
+        apply()
+    card.client.meanwhile = lambda _: None
+    target.settle()
+    assert len(ring.used()) == (2 if direction == "tx" else 1)
+    assert numbers(sent(card)) == ([1, 2] if direction == "tx" else [])
+    assert sent(target) == []
+    assert target.lines.vector_pending(queue.index)
+
+
+ONE = struct.pack("<II", 0, 0)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        bytes(3),
+        struct.pack("<HH", 1, 0),
+        struct.pack("<HH", 0, 1) + ONE[:-1],
+        struct.pack("<HH", 513, 0) + 513 * ONE,
+        struct.pack("<HH", 0, 513) + 513 * ONE,
+        struct.pack("<HH", 1, 1) + 2 * ONE + b"x",
+    ],
+)
+def test_what_no_card_saved_is_refused(make: Callable[..., Card], data: bytes) -> None:
+    card = make()
+    with pytest.raises(ValueError, match=r"bytes|completions"):
+        card.path.stage(data)
+    card.path.stage(struct.pack("<HH", 512, 512) + 1024 * ONE)
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=200))
+def test_hostile_bytes_are_refused_or_do_no_harm(data: bytes) -> None:
+    card = Card(LOOPBACK)
+    try:
+        card.offer(100, 100)
+        try:
+            apply = card.path.stage(data)
+        except ValueError:
+            return
+        with card.path.gate:
+            apply()
+        for _ in range(100):
+            if not card.path.service():
+                break
+        card.path.stage(card.path.save())
+    finally:
+        card.close()
 
 
 # --- a card that may not do DMA

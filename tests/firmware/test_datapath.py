@@ -54,7 +54,7 @@ class Card:
         else:
             self.memory.map_into(self.dma)
         self.rx, self.tx = (DriverRing(self.memory, size) for _ in range(2))
-        queues = [VirtQueue(self.dma, n, 256) for n in range(2)]
+        queues = [VirtQueue(self.dma, n, size) for n in range(2)]
         for n, (queue, ring) in enumerate(zip(queues, (self.rx, self.tx), strict=True)):
             queue.enable(size, *ring.addresses, indirect=True)
             queue.vector = n

@@ -1,6 +1,7 @@
 """Rings that only the client reaches, and what may happen to a queue while it is asked."""
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -170,6 +171,29 @@ def test_rings_that_are_taken_away_meanwhile_are_waited_for(world: World) -> Non
     assert world.queue.fault is None
     world.memory.map_into(world.dma)
     assert world.queue.pop() is not None
+
+
+def test_rings_that_the_client_truncates_are_looked_at_no_more() -> None:
+    """Half of them are in its file and half are asked for, so that nothing but the file tells."""
+    dma = DmaWindows()
+    with guest_memory() as memory, client_of(memory) as client:
+        map_by_message(dma, client, every=2)
+        memory.allocate(4096)
+        ring = DriverRing(memory, 8)
+        ring.device = memory.iova
+        queue = VirtQueue(dma, 0, 8)
+        queue.enable(8, *ring.addresses)
+        assert queue.pop() is None
+        os.ftruncate(memory.fd, 0)
+        results = []
+        for _ in range(10):
+            try:
+                results.append(queue.pop())
+            except DeviceError as error:
+                assert error.errno == errno.ECANCELED
+        assert len(results) > 7
+        assert set(results) == {None}
+        assert queue.fault is None
 
 
 # --- the queue becomes another one
