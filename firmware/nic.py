@@ -144,7 +144,7 @@ class Nic:
         """See Model."""
         return self.config.encode()[offset : offset + count].ljust(count, b"\0")
 
-    def driver_ready(self, features: Feature) -> None:
+    def driver_ready(self, features: int) -> None:
         """See Model."""
         accepted = Offload(0)
         for offload, _, guest in PORT_FEATURES:
@@ -159,7 +159,7 @@ class Nic:
             ecn_to_driver=bool(features & Feature.NET_GUEST_ECN),
         )
         self.notified(CONTROL_QUEUE)
-        log.info("%s: driver ready, features %#x", self.name, int(features))
+        log.info("%s: driver ready, features %#x", self.name, features)
 
     def driver_gone(self) -> None:
         """See Model."""
@@ -273,7 +273,7 @@ class Nic:
         if len(data) != _SAVED.size:
             raise ValueError(f"{len(data)} bytes of {_SAVED.size}")
         mac, permanent_mac, status, broken = _SAVED.unpack(data)
-        if permanent_mac[0] & 1 or not any(permanent_mac) or status & ~LinkStatus.LINK_UP or broken > 1:
+        if permanent_mac[0] & 1 or not any(permanent_mac) or status not in (0, LinkStatus.LINK_UP) or broken > 1:
             raise ValueError("what no card shows its driver")
 
         def apply() -> None:

@@ -61,7 +61,7 @@ REQUIREMENTS: tuple[tuple[Feature, Feature], ...] = (
 )
 
 
-def missing_requirement(features: Feature) -> tuple[Feature, Feature] | None:
+def missing_requirement(features: int) -> tuple[Feature, Feature] | None:
     """The first (feature, what it requires) that `features` does not satisfy, or None."""
     for feature, requires in REQUIREMENTS:
         if features & feature and not features & requires:

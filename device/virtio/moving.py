@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from device.errors import DeviceError
 from device.interrupts._lines import NO_VECTOR
 from device.virtio._split import VirtQueue
-from device.virtio.features import Feature
 from device.virtio.transport import QueueSetup, Status, VirtioPciTransport
 
 # status, generation, configuration vector, driver features, the three selectors
@@ -90,8 +89,8 @@ class TransportState:
         transport = self._transport
         if len(data) != _DEVICE.size + len(transport.queues) * _QUEUE.size:
             raise ValueError(f"{len(data)} bytes for {len(transport.queues)} queues")
-        number, generation, vector, agreed, *selectors = _DEVICE.unpack_from(data)
-        status, features = Status(number), Feature(agreed)
+        number, generation, vector, features, *selectors = _DEVICE.unpack_from(data)
+        status = Status(number)
         if status & Status.FEATURES_OK and (objection := transport.objection(features)):
             raise ValueError(f"a driver that agreed on what this card does not: {objection}")
         if status & Status.DRIVER_OK and not status & Status.FEATURES_OK:

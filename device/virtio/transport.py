@@ -79,8 +79,8 @@ class Model(Protocol):
     def offered_features(self) -> Feature:
         """What the device can do now."""
 
-    def driver_ready(self, features: Feature) -> None:
-        """DRIVER_OK was written."""
+    def driver_ready(self, features: int) -> None:
+        """DRIVER_OK was written; `features`, bits of Feature, were agreed on."""
 
     def driver_gone(self) -> None:
         """The device was reset."""
@@ -118,7 +118,8 @@ class VirtioPciTransport:
 
     def _power_on(self) -> None:
         self.status = Status(0)
-        self.driver_features = Feature(0)
+        # Plain bits: a Feature remembers for ever each value that it was made from, and drivers choose these.
+        self.driver_features = 0
         self.config_vector = NO_VECTOR
         self.setups = [QueueSetup(queue.max_size) for queue in self.queues]
         for queue in self.queues:
@@ -152,12 +153,12 @@ class VirtioPciTransport:
             log.warning("driver %s", objection)
         return objection is None
 
-    def objection(self, features: Feature) -> str | None:
+    def objection(self, features: int) -> str | None:
         """What a driver did wrong that accepted `features`, or None."""
-        excess = features & ~self.model.offered_features()
+        excess = features & ~int(self.model.offered_features())
         missing = missing_requirement(features)
         if excess:
-            return f"accepted features that were not offered: {int(excess):#x}"
+            return f"accepted features that were not offered: {excess:#x}"
         if not features & Feature.VERSION_1:
             return "did not accept VERSION_1; legacy drivers are not served"
         if missing:
@@ -306,7 +307,7 @@ class CommonConfig:
         if self._driver_feature_select > 1 or self._t.status & Status.FEATURES_OK:
             return
         shift = 32 * self._driver_feature_select
-        self._t.driver_features = Feature(self._t.driver_features & ~(0xFFFFFFFF << shift) | value << shift)
+        self._t.driver_features = self._t.driver_features & ~(0xFFFFFFFF << shift) | value << shift
 
     # --- device
 

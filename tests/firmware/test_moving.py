@@ -268,6 +268,25 @@ def test_any_bytes_are_a_cards_state_or_refused(data: bytes) -> None:
         assert nic.save() == data
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        struct.pack("<6s6sHB", MAC, b"\1" + MAC[1:], 0, 0),
+        struct.pack("<6s6sHB", MAC, bytes(6), 0, 0),
+        struct.pack("<6s6sHB", MAC, MAC, 2, 0),
+        struct.pack("<6s6sHB", MAC, MAC, 0x8001, 0),
+        struct.pack("<6s6sHB", MAC, MAC, 1, 2),
+    ],
+    ids=["multicast", "no address", "announcing", "a status that is none", "broken and more"],
+)
+def test_what_no_card_shows_its_driver_is_refused(data: bytes) -> None:
+    with travelling(loopback) as travellers:
+        nic = travellers.driver.nic
+        nic.stage(struct.pack("<6s6sHB", MAC, MAC, 1, 1))
+        with pytest.raises(ValueError, match="no card"):
+            nic.stage(data)
+
+
 FRAME = struct.pack("<I", 26) + bytes(26)
 
 

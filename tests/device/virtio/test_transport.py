@@ -30,7 +30,7 @@ class Recorder:
     def offered_features(self) -> Feature:
         return OFFERED
 
-    def driver_ready(self, features: Feature) -> None:
+    def driver_ready(self, features: int) -> None:
         self.calls.append(("ready", features))
 
     def driver_gone(self) -> None:
@@ -60,7 +60,7 @@ class Device:
         register = next(r for r in COMMON_CONFIG if r.name == name)
         self.transport.common.write(register.offset, register.width, value)
 
-    def accept(self, features: Feature) -> int:
+    def accept(self, features: int) -> int:
         for word in range(2):
             self["driver_feature_select"] = word
             self["driver_feature"] = features >> 32 * word & 0xFFFFFFFF
@@ -116,10 +116,27 @@ def test_a_start_tells_the_model_what_was_negotiated(device: Device) -> None:
 
 @pytest.mark.parametrize(
     "features",
-    [OFFERED | Feature.NET_MTU, OFFERED & ~Feature.VERSION_1, OFFERED & ~Feature.NET_CTRL_VQ, Feature(0)],
+    [
+        OFFERED | Feature.NET_MTU,
+        OFFERED | 1 << 60,
+        OFFERED & ~Feature.VERSION_1,
+        OFFERED & ~Feature.NET_CTRL_VQ,
+        0,
+    ],
 )
-def test_features_that_do_not_agree_are_not_ok(device: Device, features: Feature) -> None:
+def test_features_that_do_not_agree_are_not_ok(device: Device, features: int) -> None:
     assert not device.accept(features) & Status.FEATURES_OK
+
+
+def test_features_that_drivers_make_up_are_not_remembered(device: Device) -> None:
+    device["driver_feature"] = 0
+    remembered = len(Feature._value2member_map_)
+    for value in range(1, 100):
+        device["driver_feature"] = value << 16
+        assert device["driver_feature"] == value << 16
+        device["device_status"] = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK
+        device["device_status"] = 0
+    assert len(Feature._value2member_map_) - remembered < 40
 
 
 @pytest.mark.parametrize("features", [OFFERED, OFFERED | Feature.NET_MTU])
