@@ -273,7 +273,12 @@ class Nic:
         if len(data) != _SAVED.size:
             raise ValueError(f"{len(data)} bytes of {_SAVED.size}")
         mac, permanent_mac, status, broken = _SAVED.unpack(data)
-        if permanent_mac[0] & 1 or not any(permanent_mac) or status not in (0, LinkStatus.LINK_UP) or broken > 1:
+        if (
+            permanent_mac[0] & 1
+            or not any(permanent_mac)
+            or status not in (0, LinkStatus.LINK_UP)
+            or broken > 1
+        ):
             raise ValueError("what no card shows its driver")
 
         def apply() -> None:
