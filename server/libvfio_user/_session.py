@@ -243,9 +243,7 @@ class Session:
         """The next bytes, which are all there; what descriptors they brought are closed."""
         taken = b""
         while len(taken) < size:
-            data, fds, _, _ = socket.recv_fds(
-                self._socket, size - len(taken), MAX_FDS_PER_MESSAGE, socket.MSG_DONTWAIT
-            )
+            data, fds, _, _ = socket.recv_fds(self._socket, size - len(taken), MAX_FDS_PER_MESSAGE)
             close_all(fds)
             taken += data
         return taken
