@@ -168,6 +168,26 @@ class Player:
             else:
                 self.send(Sent(data))
 
+    def abuse_twin(self, choices: Choices) -> None:
+        """Say on the second socket what does not belong there, or hang up there alone."""
+        self.hear()
+        if self._twin is None or not choices.seldom():
+            return
+        self.judge.dropped = True
+        match choices.below(4):
+            case 0:
+                self._twin.close()
+                self._twin = None
+            case 1:
+                self._say_on_twin(choices.bytes(1 + choices.below(40)))
+            case 2:
+                sent = request(choices, self.zoo, framed=choices.often())
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", sent.fds))]
+                with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+                    self._twin.sendmsg([sent.data], rights if sent.fds else [], socket.MSG_NOSIGNAL)
+            case _:
+                self._say_on_twin(message(DMA_READ, bytes(16), message_id=choices.below(4), flags=REPLY) * 9)
+
     def map_memory(self, choices: Choices) -> None:
         """A window in which `bring_up` finds its rings, with memory behind it or by messages only."""
         fds = [self.zoo.kinds["memory"]] if choices.often() else []
@@ -377,6 +397,7 @@ _ACTS: Final[tuple[Callable[[Player, Choices], None], ...]] = (
     Player.map_memory,
     Player.bring_up,
     Player.answer,
+    Player.abuse_twin,
     Player.listen,
     Player.save,
     Player.load,

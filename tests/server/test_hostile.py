@@ -104,6 +104,10 @@ def test_clients_that_lie_leave_nothing_behind(house: House, zoo: Zoo) -> None:
             self.player.answer(choices)
 
         @rule(choices=DECISIONS)
+        def abuse_twin(self, choices: Choices) -> None:
+            self.player.abuse_twin(choices)
+
+        @rule(choices=DECISIONS)
         def betray(self, choices: Choices) -> None:
             self.player.betray(choices)
 
