@@ -14,7 +14,7 @@ from device.migration.stream import refuse
 from device.pci.memory_bar import MemoryBar
 
 PAGE = 4096  # bytes: the unit in which changes are told, whatever the host's pages are
-RUN = 64 << 10  # bytes of a section: a reply or two of the usual size, and what a destination keeps meanwhile
+RUN = 64 << 10  # bytes of a section, and looked at together: a reply or two of the usual size
 
 _PLACE = struct.Struct("<QQ")  # BAR index, byte offset
 
@@ -30,19 +30,24 @@ class MemorySource:
         self._bar = bar
         self._sent: dict[int, bytes] = {}
 
-    def changed(self) -> Iterator[bytes]:
-        """One pass over the memory: a section's payload for each run of pages unlike those that were sent."""
+    def changed(self) -> Iterator[bytes | None]:
+        """One pass over the memory: a section's payload for each run of pages unlike those that were sent,
+        and None for each RUN bytes without one.
+        """
         for offset in self._runs():
             block = self._bar.read(offset, min(RUN, self._bar.size - offset))
             start: int | None = None
+            found = False
             for at in range(0, len(block), PAGE):
                 if self._news(offset + at, block[at : at + PAGE]):
-                    start = at if start is None else start
+                    start, found = at if start is None else start, True
                 elif start is not None:
                     yield self._payload(offset + start, block[start:at])
                     start = None
             if start is not None:
                 yield self._payload(offset + start, block[start:])
+            if not found:
+                yield None
 
     def _payload(self, offset: int, data: bytes) -> bytes:
         return _PLACE.pack(self._bar.index, offset) + data

@@ -106,7 +106,8 @@ class Migration:
         """
         if self._incoming is None:
             raise DeviceError(errno.EINVAL, f"no migration data are taken in {self._state.name}")
-        self._incoming.write(data)
+        with self._function.gate:
+            self._incoming.write(data)
 
     def reset(self) -> None:
         """Back to RUNNING, whatever the state: sessions end, and what came is forgotten."""

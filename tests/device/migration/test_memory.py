@@ -30,10 +30,14 @@ def other() -> Iterator[MemoryBar]:
     made.close()
 
 
+def payloads(source: MemorySource) -> list[bytes]:
+    return [payload for payload in source.changed() if payload is not None]
+
+
 def move(source: MemorySource, target: MemoryTarget) -> int:
     """One pass; how many pages went."""
     pages = 0
-    for payload in source.changed():
+    for payload in payloads(source):
         index, offset, data = split(payload)
         assert index == 2
         target.put(offset, data)
@@ -44,7 +48,16 @@ def move(source: MemorySource, target: MemoryTarget) -> int:
 def test_memory_that_was_never_written_is_not_sent(bar: MemoryBar) -> None:
     assert list(MemorySource(bar).changed()) == []
     bar.write(0, bytes(RUN))
-    assert list(MemorySource(bar).changed()) == []
+    assert payloads(MemorySource(bar)) == []
+
+
+def test_every_run_that_is_looked_at_is_told_of(bar: MemoryBar) -> None:
+    source = MemorySource(bar)
+    for offset in (0, 3 * RUN, 4 * RUN):
+        bar.write(offset, b"x")
+    assert [payload is None for payload in source.changed()] == [False] * 3
+    bar.write(3 * RUN, b"y")
+    assert [payload is None for payload in source.changed()] == [True, False, True]
 
 
 def test_looking_for_pages_makes_none(bar: MemoryBar) -> None:
@@ -90,7 +103,7 @@ def test_what_the_target_had_is_gone(bar: MemoryBar, other: MemoryBar) -> None:
 
 def test_pages_side_by_side_travel_together_up_to_a_run(bar: MemoryBar) -> None:
     bar.write(0, b"x" * (2 * RUN))
-    assert [split(payload)[1:] for payload in MemorySource(bar).changed()] == [
+    assert [split(payload)[1:] for payload in payloads(MemorySource(bar))] == [
         (0, b"x" * RUN),
         (RUN, b"x" * RUN),
     ]
