@@ -1,5 +1,6 @@
 """The control queue: commands as a driver writes them, and what becomes of those that make no sense."""
 
+import errno
 import struct
 from collections.abc import Iterator
 
@@ -7,12 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from device._gate import Gate
 from device.dma import DmaWindows
 from device.errors import DeviceError
 from device.virtio._split import VirtQueue
 from firmware._filter import ReceiveFilter
 from firmware.control import MAX_COMMAND, MAX_REFUSALS_TOLD, ControlQueue
 from tests.device.driver_side import DriverRing, GuestMemory
+from tests.device.remote_side import Ask, Client, map_by_message
 
 OWN = bytes.fromhex("525400000001")
 OTHER = bytes.fromhex("525400000002")
@@ -27,10 +30,16 @@ TABLE_SET, ADDR_SET = 0, 1
 class Control:
     """A control queue and its driver."""
 
-    def __init__(self, *, size: int = 16, event_index: bool = False) -> None:
+    def __init__(self, *, size: int = 16, event_index: bool = False, by_message: bool = False) -> None:
         self.memory = GuestMemory(1 << 20)
+        self.client = Client(self.memory)
+        self.gate = Gate()
         self.dma = DmaWindows()
-        self.memory.map_into(self.dma)
+        self.dma.gate = self.gate
+        if by_message:
+            map_by_message(self.dma, self.client)
+        else:
+            self.memory.map_into(self.dma)
         self.ring = DriverRing(self.memory, size)
         self.queue = VirtQueue(self.dma, 2, 256)
         self.queue.enable(size, *self.ring.addresses, event_index=event_index, indirect=True)
@@ -61,12 +70,16 @@ class Control:
     def passes(self) -> list[bool]:
         return [self.filter.accept(mac) for mac in (OWN, OTHER, GROUP, BROADCAST)]
 
+    def close(self) -> None:
+        self.client.close()
+        self.memory.close()
 
-@pytest.fixture
-def control() -> Iterator[Control]:
-    made = Control()
+
+@pytest.fixture(params=[False, True], ids=["mapped", "by message"])
+def control(request: pytest.FixtureRequest) -> Iterator[Control]:
+    made = Control(by_message=request.param)
     yield made
-    made.memory.close()
+    made.close()
 
 
 def command(kind: int, number: int, data: bytes = b"") -> bytes:
@@ -244,7 +257,7 @@ def test_with_event_index_the_driver_names_the_answer_it_waits_for() -> None:
         wanted.append(control.control.service())
     assert wanted == [True, False, True, False]  # the first one always, for there was none before it
     assert control.ring.avail_event == 4
-    control.memory.close()
+    control.close()
 
 
 def test_a_driver_that_adds_commands_without_end_gets_a_ringful_at_a_time() -> None:
@@ -262,7 +275,7 @@ def test_a_driver_that_adds_commands_without_end_gets_a_ringful_at_a_time() -> N
     assert control.control.unfinished
     control.control.service()
     assert len(control.macs) == 10
-    control.memory.close()
+    control.close()
 
 
 def test_a_full_ring_is_finished_at_once(control: Control) -> None:
@@ -286,4 +299,82 @@ def test_whatever_bytes_come_there_is_an_answer(parts: list[bytes]) -> None:
     try:
         assert control.execute(*(part for part in parts if part)) in (OK, ERR)
     finally:
-        control.memory.close()
+        control.close()
+
+
+# --- while the client is asked
+
+
+@pytest.fixture
+def remote() -> Iterator[Control]:
+    made = Control(by_message=True)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("number", range(9))
+def test_a_command_that_was_disturbed_is_answered_once(remote: Control, number: int) -> None:
+    """Whatever was being asked for: the command may be executed again, its answer comes once."""
+    head, answer = remote.post(command(MAC, ADDR_SET, OTHER))
+    count = iter(range(number + 1))
+
+    def meanwhile(_: Ask) -> None:
+        if next(count, None) == number:
+            with remote.gate:
+                remote.dma.disturb()
+
+    remote.client.meanwhile = meanwhile
+    with remote.gate:
+        interrupt = remote.control.service()
+        assert remote.control.unfinished
+        assert remote.control.service() or interrupt
+        assert not remote.control.unfinished
+    assert remote.ring.used() == [(head, 1)]
+    assert remote.memory.read(answer, 1)[0] == OK
+    assert set(remote.macs) == {OTHER}
+
+
+@pytest.mark.parametrize("number", range(9))
+def test_after_a_driver_started_over_nothing_is_asked_for_its_last_command(
+    remote: Control, number: int
+) -> None:
+    remote.post(command(MAC, ADDR_SET, OTHER))
+    count = iter(range(number + 1))
+
+    def meanwhile(_: Ask) -> None:
+        if next(count, None) == number:
+            with remote.gate:
+                remote.queue.reset()
+
+    remote.client.meanwhile = meanwhile
+    with remote.gate:
+        remote.control.service()
+        remote.control.service()
+    assert len(remote.client.asked) == number + 1
+    assert remote.queue.last_avail == 0
+
+
+def test_a_client_that_is_gone_is_not_the_drivers_fault(remote: Control) -> None:
+    remote.post(command(MAC, ADDR_SET, OTHER))
+
+    def leave(_: Ask) -> None:
+        raise DeviceError(errno.ENOTCONN, "gone")
+
+    remote.client.meanwhile = leave
+    with remote.gate:
+        remote.control.service()
+        assert remote.control.unfinished
+        remote.control.service()
+        assert not remote.control.unfinished
+    assert len(remote.client.asked) == 1
+
+
+def test_a_client_that_refuses_breaks_the_queue(remote: Control) -> None:
+    remote.post(command(MAC, ADDR_SET, OTHER))
+
+    def refuse(_: Ask) -> None:
+        raise DeviceError(errno.EIO, "no")
+
+    remote.client.meanwhile = refuse
+    with pytest.raises(DeviceError, match="broken"), remote.gate:
+        remote.control.service()
