@@ -39,6 +39,7 @@ from server.libvfio_user._abi import (
     ResetReason,
 )
 from server.libvfio_user._told import Told, log
+from server.libvfio_user._windows import Windows
 from server.libvfio_user.library import Library, LibraryError
 from server.libvfio_user.limits import Limit
 
@@ -70,8 +71,8 @@ class Context:
 
     def __init__(self, library: Library, function: PciFunction, path: Path, told: Told) -> None:
         self.library = library
-        self.windows: set[tuple[int, int]] = set()
-        """What the client has mapped: address and size."""
+        self.windows = Windows()
+        """What the client has mapped."""
         self._function = function
         self._told = told
         self._kept: list[Any] = []
@@ -282,7 +283,7 @@ class Context:
     def _dma_register(self, info: Any) -> None:
         window: DmaInfo = info.contents
         iova, size = window.iova.base or 0, window.iova.length
-        self.windows.add((iova, size))
+        self.windows.add(iova, size)
         dma = self._function.dma
         with self._function.gate:
             if window.address is None:
@@ -293,7 +294,7 @@ class Context:
     def _dma_unregister(self, info: Any) -> None:
         window: DmaInfo = info.contents
         iova, size = window.iova.base or 0, window.iova.length
-        self.windows.discard((iova, size))
+        self.windows.discard(iova)
         if not self._lost:
             with self._function.gate:
                 self._function.dma.unmap(iova, size)

@@ -6,14 +6,23 @@ the errno that the specification or the kernel gives; each rule names what the l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from errno import EEXIST, EINVAL, ENOTTY, EOPNOTSUPP
 from typing import Final
 
+from device.dma import PAGE_SIZE
 from protocol import Command
 from protocol.errors import RemoteProtocolError
 from protocol.messages import DeviceFeature, DmaMap, DmaUnmap, Header, HeaderFlags, SetIrqs
-from protocol.vfio import DmaUnmapFlags, Feature, IrqSetFlags
+from protocol.vfio import (
+    IRQ_SET_ACTION,
+    IRQ_SET_DATA,
+    DmaMapFlags,
+    DmaUnmapFlags,
+    Feature,
+    IrqSetFlags,
+)
+from server.libvfio_user._windows import Windows
 
 __all__ = ["LONGEST_LOOK", "MAX_MESSAGE_SIZE", "Screen", "parse_header", "refusal"]
 
@@ -25,6 +34,8 @@ MAX_MESSAGE_SIZE: Final = Header.size + 16 + (1 << 20)
 
 _TYPE_MASK: Final = 0xF
 _LARGEST_U32: Final = 0xFFFF_FFFF
+_END_OF_U64: Final = 1 << 64
+_IRQ_FLAGS: Final = int(IRQ_SET_DATA | IRQ_SET_ACTION)
 _LOGGING: Final = frozenset({Feature.DMA_LOGGING_START, Feature.DMA_LOGGING_STOP, Feature.DMA_LOGGING_REPORT})
 
 
@@ -43,9 +54,9 @@ def parse_header(look: bytes) -> Header:
 
 
 class Screen:
-    """The rules, for a client that has mapped ``windows`` (address, size)."""
+    """The rules, for a client that has mapped ``windows``."""
 
-    def __init__(self, windows: Container[tuple[int, int]]) -> None:
+    def __init__(self, windows: Windows) -> None:
         self._windows = windows
 
     def verdict(self, header: Header, look: bytes) -> int:
@@ -54,11 +65,17 @@ class Screen:
         return rule(self, look) if rule is not None else 0
 
     def _dma_map(self, look: bytes) -> int:
-        """The same window again: the library says yes and forgets to close the second descriptor."""
+        """Windows that the card refuses, which the library does not ask: it says yes to all of these. Of one
+        that is there already it forgets to close the second descriptor.
+        """
         if len(look) < Header.size + DmaMap.size:
             return EINVAL
         body = DmaMap.decode(look, Header.size)
-        return EEXIST if (body.address, body.length) in self._windows else 0
+        wraps = body.address + body.length > _END_OF_U64
+        unaligned = (body.address | body.length | body.offset) % PAGE_SIZE
+        if not body.length or wraps or unaligned or not body.flags & (DmaMapFlags.READ | DmaMapFlags.WRITE):
+            return EINVAL
+        return EEXIST if self._windows.overlap(body.address, body.length) else 0
 
     def _dma_unmap(self, look: bytes) -> int:
         """A dirty bitmap would come back clean (`Limit.DMA_LOGGING`)."""
@@ -68,13 +85,13 @@ class Screen:
         return EOPNOTSUPP if flags & DmaUnmapFlags.GET_DIRTY_BITMAP else 0
 
     def _set_irqs(self, look: bytes) -> int:
-        """A range that wraps ends the library of 2022; one's eventfd to unmask is forgotten by all of them
-        (`Limit.RESAMPLE`).
+        """A range that wraps ends the library of 2022; all of them overlook flags that nobody has defined,
+        and forget an eventfd to unmask by (`Limit.RESAMPLE`).
         """
         if len(look) < Header.size + SetIrqs.size:
             return EINVAL
         body = SetIrqs.decode(look, Header.size)
-        if body.start + body.count > _LARGEST_U32:
+        if body.start + body.count > _LARGEST_U32 or int(body.flags) & ~_IRQ_FLAGS:
             return EINVAL
         masks = body.flags & (IrqSetFlags.ACTION_MASK | IrqSetFlags.ACTION_UNMASK)
         return ENOTTY if masks and body.flags & IrqSetFlags.DATA_EVENTFD else 0

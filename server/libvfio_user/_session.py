@@ -189,14 +189,22 @@ class Session:
                     return b""
 
     async def _version(self) -> bytes:
-        """The client's first message, whole and taken from the socket."""
+        """The client's first message, whole and taken from the socket, in however many pieces it comes."""
         with trio.move_on_after(self._limits.version_deadline):
-            await trio.lowlevel.wait_readable(self._socket)
-            header, _ = await self._whole(self._peek())
-            if header.message_size > _MAX_VERSION_SIZE:
-                raise ClientDroppedError(f"VERSION of {header.message_size} bytes")
-            return self._take(header.message_size)
+            head = await self._receive(HEADER_SIZE)
+            size = _parse(head).message_size
+            if size > _MAX_VERSION_SIZE:
+                raise ClientDroppedError(f"VERSION of {size} bytes")
+            return head + await self._receive(size - HEADER_SIZE)
         raise ClientDroppedError("it does not say VERSION")
+
+    async def _receive(self, size: int) -> bytes:
+        received = b""
+        while len(received) < size:
+            await trio.lowlevel.wait_readable(self._socket)
+            self._peek()  # raises when there is nobody
+            received += self._take_some(size - len(received))
+        return received
 
     async def _whole(self, look: bytes) -> tuple[Header, bytes]:
         """The header of the message that begins with ``look``, and its start, once all of it is there."""
@@ -205,10 +213,7 @@ class Session:
             look = self._peek()
             if len(look) < HEADER_SIZE:
                 raise ClientDroppedError("it cuts a header where descriptors are")
-        try:
-            header = parse_header(look)
-        except RemoteProtocolError as error:
-            raise ClientDroppedError(str(error)) from None
+        header = _parse(look)
         if header.message_size > len(look):
             await self._wait_for(header.message_size)
             look = self._peek()
@@ -239,18 +244,17 @@ class Session:
             return
         raise ClientDroppedError("it takes no replies")
 
-    def _take(self, size: int) -> bytes:
-        """The next bytes, which are all there; what descriptors they brought are closed."""
-        taken = b""
-        while len(taken) < size:
-            data, fds, _, _ = socket.recv_fds(self._socket, size - len(taken), MAX_FDS_PER_MESSAGE)
-            close_all(fds)
-            taken += data
-        return taken
+    def _take_some(self, size: int) -> bytes:
+        """Some of the bytes that are there, `size` at most; what descriptors they brought are closed."""
+        data, fds, _, _ = socket.recv_fds(self._socket, size, MAX_FDS_PER_MESSAGE)
+        close_all(fds)
+        return data
 
     def _refuse(self, header: Header, number: int) -> None:
         """Answer the message instead of the library."""
-        self._take(header.message_size)
+        left = header.message_size
+        while left:
+            left -= len(self._take_some(left))
         log.debug("%s: command %d refused: %s", self._function.name, header.command, os.strerror(number))
         reply = refusal(header, number)
         if reply:
@@ -265,6 +269,13 @@ class Session:
         patience = struct.pack(_TIMEVAL, _REPLY_PATIENCE, 0)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
+
+
+def _parse(look: bytes) -> Header:
+    try:
+        return parse_header(look)
+    except RemoteProtocolError as error:
+        raise ClientDroppedError(str(error)) from None
 
 
 def _gone(error: LibraryError) -> ClientLeftError | ClientDroppedError:

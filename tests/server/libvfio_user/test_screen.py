@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from protocol import Command
 from protocol.errors import RemoteProtocolError
 from server.libvfio_user._screen import LONGEST_LOOK, MAX_MESSAGE_SIZE, Screen, parse_header, refusal
+from server.libvfio_user._windows import Windows
 from tests.server.raw import (
     DMA_MAP,
     DMA_UNMAP,
@@ -34,7 +35,9 @@ FEATURE = 16
 
 def verdict(request: bytes) -> int:
     look = request[:LONGEST_LOOK]
-    return Screen({MAPPED}).verdict(parse_header(look), look)
+    windows = Windows()
+    windows.add(*MAPPED)
+    return Screen(windows).verdict(parse_header(look), look)
 
 
 def unmap(flags: int) -> bytes:
@@ -55,8 +58,33 @@ def test_what_the_library_does_right_is_let_through() -> None:
         assert verdict(request) == 0
 
 
-def test_a_window_again_is_refused() -> None:
+@pytest.mark.parametrize("start", [0xF000, 0x10000, 0x11000, 0x13000])
+def test_a_window_over_another_is_refused(start: int) -> None:
+    assert verdict(message(DMA_MAP, dma(start, 0x2000))) == EEXIST
     assert verdict(message(DMA_MAP, dma(*MAPPED))) == EEXIST
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        dma(0x20000, 0),
+        dma((1 << 64) - 0x1000, 0x2000),
+        dma(0x20800, 0x1000),
+        dma(0x20000, 0x800),
+        dma(0x20000, 0x1000, offset=0x800),
+        dma(0x20000, 0x1000, flags=0),
+    ],
+)
+def test_a_window_that_no_card_takes_is_refused(window: bytes) -> None:
+    assert verdict(message(DMA_MAP, window)) == EINVAL
+
+
+def test_the_last_page_of_all_is_let_through() -> None:
+    assert verdict(message(DMA_MAP, dma((1 << 64) - 0x1000, 0x1000))) == 0
+
+
+def test_flags_that_nobody_has_defined_are_refused() -> None:
+    assert verdict(message(SET_IRQS, irqs(EVENTFD | TRIGGER | 0x40, MSIX, 0, 1))) == EINVAL
 
 
 def test_a_dirty_bitmap_is_refused() -> None:

@@ -493,7 +493,7 @@ async def test_a_version_in_parts_with_descriptors_is_agreed_on(served: World) -
     whole = version()
     fd = os.eventfd(0, os.EFD_CLOEXEC)
     before = len(open_fds())
-    for part in (whole[:16], whole[16:30], whole[30:]):
+    for part in (whole[:3], whole[3:16], whole[16:30], whole[30:]):
         await client.send(part, [fd])
     reply = await client.receive()
     assert reply is not None
