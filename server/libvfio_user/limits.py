@@ -45,7 +45,8 @@ class Limit(Enum):
     CAPABILITIES = (
         "capabilities",
         _ALL,
-        "max_dma_maps and pgsizes are neither read nor told",
+        "max_dma_maps and pgsizes are neither read nor told, the others told to every client, and a client"
+        " whose max_msg_fds is over 1024 is refused",
         "upstream's tran.c knows max_msg_fds, max_data_xfer_size, migration and twin_socket",
     )
     DEVICE_FEATURE = (
@@ -84,6 +85,24 @@ class Limit(Enum):
         _ALL,
         "a request that does not fit into the sender's socket buffer (about 200 KiB) ends the session",
         "the library takes a body with one recv and misreads the stream when a part is still to come",
+    )
+    CUT_MESSAGES = (
+        "cut-messages",
+        _ALL,
+        "a message that is cut where its descriptors end is refused",
+        "the library takes header and body with one call each",
+    )
+    MAPPABLE_REGIONS = (
+        "mappable-regions",
+        _OLD,
+        "a client that takes no descriptors cannot ask about a region that can be mapped",
+        "dev_get_caps answers ENOSPC",
+    )
+    UNCHECKED_DESCRIPTORS = (
+        "unchecked-descriptors",
+        _ALL,
+        "a second descriptor of DMA_MAP is dropped, and any descriptor taken for an eventfd",
+        "the library neither counts the one nor looks at the other",
     )
     NINE_REGIONS = (
         "nine-regions",
