@@ -68,6 +68,12 @@ class Limit(Enum):
         " DEVICE_RESET, which does not lead back to RUNNING from other states either",
         "upstream's migration.c and should_exec_command",
     )
+    MIGRATION_PADDING = (
+        "migration-padding",
+        _MODERN,
+        "a reply to MIG_DATA_READ is as long as what was asked for, whatever size it names",
+        "handle_mig_data_read shortens the size and not the message",
+    )
     IO_EVENTFDS = (
         "ioeventfds",
         _MODERN,
@@ -94,9 +100,10 @@ class Limit(Enum):
     )
     MAPPABLE_REGIONS = (
         "mappable-regions",
-        _OLD,
-        "a client that takes no descriptors cannot ask about a region that can be mapped",
-        "dev_get_caps answers ENOSPC",
+        _ALL,
+        "a client that takes no descriptors cannot ask about a region that can be mapped, or is sent one all"
+        " the same",
+        "dev_get_caps answers ENOSPC in 2022, and looks no more since",
     )
     UNCHECKED_DESCRIPTORS = (
         "unchecked-descriptors",
