@@ -25,7 +25,7 @@ def imports(room: str) -> set[str]:
     files = [path for ending in ("py", "pyx", "pxd", "pyi") for path in (HOUSE / room).rglob(f"*.{ending}")]
     assert files
     named = {name for path in files for pair in IMPORT.findall(path.read_text("utf-8")) for name in pair}
-    return named & (MAY_IMPORT.keys() | {"tests", "bench", "examples"})
+    return named & (MAY_IMPORT.keys() | {"tests", "bench", "examples", "fuzz"})
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
