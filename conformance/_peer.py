@@ -19,7 +19,16 @@ from typing import Final
 import trio
 
 from conformance._memory import Memory, Window, answer_dma
-from conformance._messages import HEADER, JSON, MAX_REPLY_SIZE, Message, announced, message, version
+from conformance._messages import (
+    HEADER,
+    JSON,
+    MAX_REPLY_SIZE,
+    Message,
+    announced,
+    kind_of,
+    message,
+    version,
+)
 from conformance.checks import Failed, NotApplicable, Silent, expect
 from protocol import Command, command_name
 from protocol.limits import MAX_FDS_PER_MESSAGE
@@ -290,14 +299,18 @@ class Peer:
         self.announced = announced(reply.payload)
         twin = self.announced.get("twin_socket")
         if isinstance(twin, dict) and twin.get("supported") is True:
-            index = twin.get("fd_index")
-            valid = isinstance(index, int) and 0 <= index < len(reply.fds)
-            expect(valid, f"an fd_index among {len(reply.fds)} descriptors", index)
-            twin_socket = socket.socket(fileno=os.dup(reply.fds[index or 0]))
-            self._things.callback(twin_socket.close)
-            twin_socket.setblocking(False)
-            self._twin = Wire(twin_socket, self.patience, self.own)
+            self._twin = self._take_twin(twin.get("fd_index"), reply.fds)
         return reply
+
+    def _take_twin(self, index: object, fds: Sequence[int]) -> Wire:
+        valid = isinstance(index, int) and 0 <= index < len(fds)
+        expect(valid, f"an fd_index among {len(fds)} descriptors", index)
+        assert isinstance(index, int)
+        kind = kind_of(fds[index])
+        expect(kind.startswith("socket:"), "a socket at twin_socket.fd_index", kind)
+        twin = self._things.enter_context(socket.socket(fileno=os.dup(fds[index])))
+        twin.setblocking(False)
+        return Wire(twin, self.patience, self.own)
 
     @property
     def has_twin(self) -> bool:

@@ -7,7 +7,7 @@ import struct
 from contextlib import suppress
 from typing import Any, Final
 
-from conformance._messages import JSON, announced, kind_of, message, version
+from conformance._messages import JSON, announced, message, version
 from conformance._peer import CAPABILITIES, HungUp, Peer
 from conformance._server import Server
 from conformance.checks import EXTENSION, MUST, SHOULD, Failed, NotApplicable, Section, expect
@@ -270,12 +270,9 @@ async def unasked(server: Server) -> None:
 async def index(server: Server) -> None:
     """Who sets up a twin socket gives its index among the descriptors of the reply."""
     async with server.connect() as peer:
-        answer = await peer.negotiate(TWIN)  # fails for an index that is none
+        await peer.negotiate(TWIN)  # fails for an index that is none, and for what is no socket
         if not peer.has_twin:
             raise NotApplicable("the server sets up no twin socket")
-        position = peer.announced["twin_socket"]["fd_index"]
-        kind = kind_of(answer.fds[position])
-        expect(kind.startswith("socket:"), "a socket at twin_socket.fd_index", kind)
 
 
 @twin.check(MUST)
