@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import struct
@@ -125,6 +126,7 @@ class Nic:
         self._control_broken = False
         self._executing = False
         self._commands = trio.Event()
+        self._token: trio.lowlevel.TrioToken | None = None
         self._link_up = False
         port.on_change = self._port_changed
         self._port_changed()
@@ -293,10 +295,32 @@ class Nic:
     def _reset(self, kind: ResetKind) -> None:
         if kind is ResetKind.LOST_CLIENT:
             self._permanent_mac = self._own_mac
+            self._renew_doorbells()
         self.card.reset(kind)
+
+    def _renew_doorbells(self) -> None:
+        """New eventfds in the places of the old ones, which a client that left may go on ringing, or read
+        before the card does.
+        """
+        for doorbell in self.datapath.doorbell_fds:
+            fresh = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            os.dup2(fresh, doorbell, inheritable=False)
+            os.close(fresh)
+        self.datapath.wake()
+        if self._token is not None:
+            self._token.run_sync_soon(
+                trio.lowlevel.notify_closing, self.datapath.doorbell_fds[CONTROL_QUEUE], idempotent=True
+            )
 
     async def run(self) -> None:
         """Serve until cancelled: the worker thread, its reports, and the port's own background work."""
+        self._token = trio.lowlevel.current_trio_token()
+        try:
+            await self._serve()
+        finally:
+            self._token = None
+
+    async def _serve(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._work)
             nursery.start_soon(self._listen)
@@ -324,7 +348,8 @@ class Nic:
         """The control queue's eventfd; the data path hears the others."""
         doorbell = self.datapath.doorbell_fds[CONTROL_QUEUE]
         while True:
-            await trio.lowlevel.wait_readable(doorbell)
+            with contextlib.suppress(trio.ClosedResourceError):  # another eventfd has taken its place
+                await trio.lowlevel.wait_readable(doorbell)
             if drain(doorbell):
                 self.notified(CONTROL_QUEUE)
 
