@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from conformance import (
+    dma_access,
     dma_logging,
     dma_map,
     dma_unmap,
@@ -42,6 +43,7 @@ SECTIONS: Final[tuple[Section, ...]] = (
     set_irqs.section,
     region_read.section,
     region_write.section,
+    dma_access.section,
     reset.section,
     write_multi.section,
     feature.section,
