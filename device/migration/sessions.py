@@ -1,5 +1,6 @@
 """The two ends of a data transfer session: a state going out, a state coming in."""
 
+import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Protocol
@@ -106,17 +107,17 @@ class Incoming:
         self._parts = parts
         self._staged: dict[bytes, Callable[[], None]] = {}
         self._memory = {bar.index: MemoryTarget(bar) for bar in memory}
-        self._refusal: DeviceError | None = None
+        self._refused: str | None = None
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """The next bytes, in pieces of any size."""
-        if self._refusal:
-            raise self._refusal
+        if self._refused:
+            raise DeviceError(errno.EINVAL, self._refused)
         try:
             for tag, payload in self._reader.feed(data):
                 self._take(tag, payload)
         except DeviceError as error:
-            self._refusal = error
+            self._refused = error.strerror
             raise
 
     def _take(self, tag: bytes, payload: bytes) -> None:
@@ -135,8 +136,8 @@ class Incoming:
 
     def apply(self) -> None:
         """Make the card what came."""
-        if self._refusal:
-            raise self._refusal
+        if self._refused:
+            raise DeviceError(errno.EINVAL, self._refused)
         if not self._reader.complete:
             raise refuse("it does not go on to its end")
         if missing := self._parts.keys() - self._staged.keys():

@@ -49,8 +49,6 @@ SAVING = frozenset({S.PRE_COPY, S.STOP_COPY})
 # Reachable by the arcs, and forbidden all the same.
 FORBIDDEN = frozenset({(S.STOP_COPY, S.PRE_COPY)})
 
-STOPPED = frozenset({S.STOP, S.STOP_COPY, S.RESUMING, S.ERROR})
-
 
 def path(start: DeviceState, end: int) -> tuple[DeviceState, ...]:
     """The states to enter one after the other to come from `start` to `end`: the shortest way.

@@ -100,13 +100,13 @@ class StreamReader:
         self._digest = blake2b(digest_size=DIGEST_SIZE)
         self._bytes = bytearray()
         self._compatible = False
-        self._refusal: DeviceError | None = None
+        self._refused: str | None = None
         self.complete = False
 
     def feed(self, data: bytes | bytearray | memoryview) -> list[Section]:
         """The sections that `data` completes, without the end mark."""
-        if self._refusal:
-            raise self._refusal
+        if self._refused:
+            raise DeviceError(errno.EINVAL, self._refused)
         try:
             self._left -= len(data)
             if self._left < 0:
@@ -116,7 +116,7 @@ class StreamReader:
                 self._compatible = self._start()
             return list(self._sections()) if self._compatible else []
         except DeviceError as error:
-            self._refusal = error
+            self._refused = error.strerror  # not the exception, whose traceback holds what came
             self._bytes.clear()
             raise
 

@@ -1,11 +1,16 @@
-"""What one read of a session may cost, whatever the memory is like."""
+"""What a session may cost, in time and memory, whatever the client does."""
 
-from collections.abc import Iterator
+import gc
+import tracemalloc
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 
+from device.errors import DeviceError
 from device.migration.memory import RUN
-from device.migration.sessions import MAX_RUNS_IN_VAIN, Outgoing
+from device.migration.sessions import MAX_RUNS_IN_VAIN, Incoming, Outgoing
+from device.migration.stream import MAX_PAYLOAD
 from device.pci.memory_bar import MemoryBar
 
 SIZE = 4 * MAX_RUNS_IN_VAIN * RUN
@@ -58,3 +63,25 @@ def test_a_read_after_the_stop_gives_less_only_at_the_end(bar: Counted) -> None:
     assert len(session.read(4096)) == 4096
     assert 0 < len(session.read(4096)) < 4096
     assert session.read(4096) == b""
+
+
+def test_nothing_is_kept_of_a_state_that_was_refused(bar: Counted) -> None:
+    def stage(data: bytes) -> Callable[[], None]:
+        raise ValueError("no part is like that")
+
+    part = SimpleNamespace(save=lambda: bytes(MAX_PAYLOAD), stage=stage)
+    source = Outgoing(b"", [])
+    source.finish({b"PART": part})
+    stream = source.read(2 * MAX_PAYLOAD)
+    session = Incoming(b"", [bar], {b"PART": part})
+    gc.disable()  # what only a collection would free can be piled up
+    tracemalloc.start()
+    try:
+        for _ in range(2):
+            with pytest.raises(DeviceError, match="no part is like that"):
+                session.write(stream)
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+        session.close()
