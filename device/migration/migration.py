@@ -130,7 +130,11 @@ class Migration:
 
     def _stop_and_save(self) -> None:
         self._function.stop()
-        self._save()
+        try:
+            self._save()
+        except BaseException:
+            self._function.run()  # as PRE_COPY has it, where it stays
+            raise
 
     def _end_saving(self) -> None:
         self._outgoing = None

@@ -337,6 +337,20 @@ def test_a_part_that_fails_against_its_promise_leaves_an_error(
     assert not target.function.running
 
 
+@pytest.mark.parametrize(("state", "running"), [(S.PRE_COPY, True), (S.STOP, False)])
+def test_a_part_that_cannot_be_saved_leaves_the_function_as_its_state_says(
+    source: Rig, monkeypatch: pytest.MonkeyPatch, state: DeviceState, running: bool
+) -> None:
+    def fail() -> bytes:
+        raise MemoryError
+
+    source.migration.set_state(state)
+    monkeypatch.setattr(source.number, "save", fail)
+    with pytest.raises(MemoryError):
+        source.migration.set_state(S.STOP_COPY)
+    assert (source.migration.state, source.function.running) == (state, running)
+
+
 def test_a_function_without_a_migration_has_none() -> None:
     function = PciFunction("plain", Identity(1, 2, 3, 4))
     assert function.migration is None
