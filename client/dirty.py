@@ -25,6 +25,12 @@ WORD: Final = 64
 """A bitmap is made of 64-bit numbers in the host's byte order."""
 
 
+LEAST_PAGE: Final = 4096
+"""Bytes of the smallest pages that are remembered here: a server could make smaller ones cost more memory
+than it was given.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class DirtyBitmap:
     """A bit for each page of `page_size` bytes from `iova` on; `words` are 64 bits each."""
@@ -57,17 +63,22 @@ class DirtyLog:
 
     async def start(self, page_size: int = 4096, ranges: Sequence[tuple[int, int]] = ()) -> int:
         """Log writes to the (iova, length) of `ranges`, or to everything; the page size that the device
-        keeps its log in. Raises ServerError if it keeps none.
+        keeps its log in. Raises ServerError if it keeps none, or one already, which goes on then.
         """
+        _check_page_size(page_size)
         try:
             asked = pack_logging_start(page_size, ranges)
         except ValueError as error:
             raise ClientError(str(error)) from None
-        self.session.windows.log_writes(page_size)
+        windows = self.session.windows
+        before = windows.logging
+        if not before:
+            windows.log_writes(max(page_size, LEAST_PAGE))
         try:
             data = await self.session.feature_set(Feature.DMA_LOGGING_START, asked)
         except BaseException:
-            self.session.windows.stop_log()
+            if not before:
+                windows.stop_log()
             raise
         chosen = DmaLoggingControl.decode(data).page_size if len(data) >= DmaLoggingControl.size else 0
         if chosen == 0 or chosen & (chosen - 1):
@@ -85,7 +96,7 @@ class DirtyLog:
         """
         _check_range(iova, length, page_size)
         words: list[int] = []
-        step = min(MAX_REPORT, self.session.max_read // 8 * 8) * 8 * page_size
+        step = min(MAX_REPORT, max(1, self.session.max_read // 8) * 8) * 8 * page_size
         for start in range(iova, iova + length, step):
             words += await self._ask(start, min(step, iova + length - start), page_size)
         return self._with_own(iova, length, page_size, words)
@@ -134,8 +145,12 @@ def bitmap_words(command: Command, data: bytes, length: int, page_size: int) -> 
     return words
 
 
-def _check_range(iova: int, length: int, page_size: int) -> None:
+def _check_page_size(page_size: int) -> None:
     if page_size <= 0 or page_size & (page_size - 1):
         raise ClientError(f"pages of {page_size} bytes")
+
+
+def _check_range(iova: int, length: int, page_size: int) -> None:
+    _check_page_size(page_size)
     if length <= 0 or iova % page_size or length % page_size:
         raise ClientError(f"{iova:#x}+{length:#x} is not made of pages of {page_size:#x} bytes")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import outcome
@@ -40,6 +41,7 @@ from protocol import (
     Reply,
     Request,
 )
+from protocol.commands import SHAPES
 from protocol.limits import (
     MAX_OUTSTANDING,
     MAX_QUEUED,
@@ -247,7 +249,7 @@ class Session:
         """DMA_UNMAP as it is; `client.dirty` has the kind with a bitmap."""
         try:
             reply = await self.request(Command.DMA_UNMAP, body, data)
-        except ServerError:
+        except (ServerError, LocalProtocolError):
             raise
         except BaseException:
             self.windows.remove(body.address, body.length)
@@ -362,11 +364,14 @@ class Session:
     def handle(self, event: Event) -> None:
         """Do what one event asks for."""
         match event:
+            case Reply() if event.fds and not SHAPES[event.command].reply.fds:
+                error: ClientError = BadReplyError(event.command, f"{len(event.fds)} descriptors come along")
+                self._wake(event.message_id, event.command, outcome.Error(error))
             case Reply():
                 self._wake(event.message_id, event.command, outcome.Value(event), event.fds)
                 return
             case ErrorReply():
-                error: ClientError = ServerError(event.command, event.errno)
+                error = ServerError(event.command, event.errno)
                 self._wake(event.message_id, event.command, outcome.Error(error))
             case BadReply():
                 error = BadReplyError(event.command, event.reason)
@@ -382,6 +387,7 @@ class Session:
     def cannot_send(self, reason: str) -> None:
         """Nothing more can be asked; the reader sees the end as well, after what the server said before."""
         self._failure = self._failure or reason
+        self._wire.room.unpark_all()
 
     def ended(self, reason: str) -> None:
         """The server is gone."""
@@ -389,7 +395,8 @@ class Session:
 
     def drained(self) -> None:
         """The kernel took everything: what was gathered meanwhile follows."""
-        self._send_gathered()
+        with suppress(Disconnected):  # whoever asks next is told
+            self._send_gathered()
 
     def _wake(
         self,
@@ -408,6 +415,7 @@ class Session:
     def _end(self, reason: str) -> None:
         """The session is over: everyone who waits is told."""
         self._failure = self._failure or reason
+        self._gathered.clear()
         self._ended.set()
         for wire in self.wires:
             wire.end()

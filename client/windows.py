@@ -134,6 +134,11 @@ class Windows:
         """Remember from now on which pages of so many bytes `write` touches."""
         self._written, self.log_page_size = set(), page_size
 
+    @property
+    def logging(self) -> bool:
+        """Whether it is remembered which pages are written."""
+        return self._written is not None
+
     def stop_log(self) -> None:
         """Forget them and remember no more."""
         self._written = None

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import client
 from client.dirty import DirtyBitmap, DirtyLog
 from client.windows import Window
+from protocol import LocalProtocolError
 from protocol.limits import MAX_LOGGED_RANGES, MAX_REPORT
 from protocol.vfio import DmaMapFlags
 from tests.client.peer import DMA_MAP, DMA_UNMAP, FEATURE, Message, Peer, session_with
@@ -192,6 +193,50 @@ async def test_a_log_that_is_refused_logs_nothing_here() -> None:
         session.windows.add(Window(0, PAGE, DmaMapFlags.WRITE, memoryview(bytearray(PAGE))))
         session.windows.write(0, b"x")
         assert list(session.windows.take_written(0, PAGE)) == []
+
+
+async def test_a_log_that_is_kept_already_loses_nothing_by_another_start() -> None:
+    device = FakeLog(lambda iova, length, page_size: bits(count=length // page_size))
+    async with session_with(capabilities=LARGE) as (session, peer), trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            device.answer(peer, await peer.expect(FEATURE))
+            peer.refuse(await peer.expect(FEATURE), EINVAL)
+            device.answer(peer, await peer.expect(FEATURE))
+
+        nursery.start_soon(serve)
+        session.windows.add(Window(0, PAGE, DmaMapFlags.WRITE, memoryview(bytearray(PAGE))))
+        log = DirtyLog(session)
+        await log.start()
+        session.windows.write(0, b"x")
+        with pytest.raises(client.ServerError):
+            await DirtyLog(session).start()
+        assert list((await log.report(0, PAGE)).pages()) == [0]
+
+
+@pytest.mark.parametrize("page_size", [0, -1, 48])
+async def test_no_log_is_kept_of_pages_that_cannot_be(page_size: int) -> None:
+    async with session_with() as (session, _):
+        with pytest.raises(client.ClientError, match="pages"):
+            await DirtyLog(session).start(page_size)
+        assert not session.windows.logging
+
+
+async def test_small_pages_do_not_let_a_server_cost_more_than_its_windows() -> None:
+    async with logging(FakeLog(lambda iova, length, page_size: bits(count=length // page_size))) as session:
+        session.windows.add(Window(0, 2 * PAGE, DmaMapFlags.WRITE, memoryview(bytearray(2 * PAGE))))
+        log = DirtyLog(session)
+        await log.start(1)
+        session.windows.write(0, bytes(PAGE))
+        assert session.windows.log_page_size == PAGE
+        assert (await log.report(0, 2 * PAGE, 1)).count() == PAGE
+
+
+async def test_a_server_that_sends_next_to_nothing_is_refused_not_asked() -> None:
+    tiny = b'{"capabilities":{"max_data_xfer_size":7}}\0'
+    async with session_with(capabilities=tiny) as (session, _):
+        with pytest.raises(LocalProtocolError, match="bitmap"):
+            await DirtyLog(session).report(0, PAGE)
 
 
 async def unmapping(answer: Callable[[Peer, Message], None]) -> tuple[DirtyBitmap, bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 import trio
@@ -87,6 +87,24 @@ async def test_small_writes_that_have_to_wait_go_in_one_message() -> None:
         (message,) = await drain(peer, session)
         assert message.command == WRITE_MULTI
         assert decode(message) == writes
+
+
+async def test_what_was_gathered_is_lost_with_the_session() -> None:
+    async with stalled() as (session, peer):
+        for number in range(3):
+            session.post_write_now(0, number, b"a")
+        peer.send(b"\xff" * 16)
+        await session.wait_end()
+        peer.sock.setblocking(False)
+        taken = 0
+        while session.wires[0].busy:  # a server that reads on is sent what had left before
+            await trio.testing.wait_all_tasks_blocked()
+            with suppress(BlockingIOError):
+                while got := len(peer.sock.recv(1 << 20)):
+                    taken += got
+        assert taken % (32 + len(BULK)) == 0
+        with pytest.raises(client.Disconnected, match="breaks the protocol"):
+            session.post_write_now(0, 0, b"a")
 
 
 async def test_nothing_is_gathered_while_the_server_keeps_up() -> None:

@@ -12,11 +12,11 @@ import trio
 import trio.testing
 
 import client
-from protocol import Command
+from protocol import Command, LocalProtocolError
 from protocol.limits import MAX_OUTSTANDING, MAX_QUEUED, MAX_WHOLE_MESSAGE, RECEIVE_SIZE
-from protocol.messages import DeviceInfo
+from protocol.messages import DeviceInfo, DmaUnmap
 from protocol.quirks import Overrides, Quirk
-from protocol.vfio import IrqSetFlags
+from protocol.vfio import DmaUnmapFlags, IrqSetFlags
 from tests.client.peer import (
     DMA_MAP,
     DMA_READ,
@@ -201,6 +201,16 @@ async def test_a_window_whose_unmapping_is_given_up_is_not_reachable_by_message(
         assert len(session.windows) == 0
 
 
+async def test_a_window_whose_unmapping_must_not_be_sent_stays() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+        nursery.start_soon(session.dma_map, 0x1000, 4096)
+        peer.reply(await peer.expect(DMA_MAP))
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(LocalProtocolError, match="DMA_UNMAP"):
+            await session.unmap(DmaUnmap(DmaUnmap.size, DmaUnmapFlags.GET_DIRTY_BITMAP, 0x1000, 4096))
+        assert (0x1000, 4096) in session.windows
+
+
 async def refuse_unmap(peer: Peer) -> None:
     """Keep a window."""
     peer.refuse(await peer.expect(DMA_UNMAP), EBUSY)
@@ -248,6 +258,23 @@ async def test_descriptors_in_a_late_answer_are_closed() -> None:
         peer.reply(late, struct.pack("=IIII", 16, 3, 9, 5), (spare,))
         os.close(spare)
         await trio.testing.wait_all_tasks_blocked()
+        assert open_fds() == before
+
+
+@pytest.mark.parametrize("command", [REGION_READ, RESET])
+async def test_descriptors_that_nobody_asked_for_are_closed(command: int) -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            message = await peer.expect(command)
+            spare = os.memfd_create("spare")
+            peer.reply(message, message.payload[:16] + b"four" if command == REGION_READ else b"", (spare,))
+            os.close(spare)
+
+        before = open_fds()
+        nursery.start_soon(serve)
+        with pytest.raises(client.BadReplyError, match="1 descriptors come along"):
+            await (session.reset() if command == RESET else session.region_read(0, 0, 4))
         assert open_fds() == before
 
 
@@ -416,6 +443,26 @@ async def test_everyone_is_told_when_the_server_leaves() -> None:
         assert "closed the connection" in str(await session.wait_end())
         with pytest.raises(client.Disconnected):
             await session.post_write(0, 0, b"x")
+
+
+async def test_who_waits_for_room_is_told_that_the_server_takes_no_more() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+        while session.wires[0].queued <= MAX_QUEUED:
+            session.post_write_now(2, 0, bytes(4096))
+        told = trio.Event()
+
+        async def ask() -> None:
+            with pytest.raises(client.Disconnected, match="Broken pipe"):
+                await session.reset()
+            told.set()
+
+        nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked()
+        peer.sock.shutdown(socket.SHUT_RD)  # it might still say something
+        while peer.sock.recv(1 << 20):
+            pass
+        with trio.fail_after(5):
+            await told.wait()
 
 
 async def test_answers_given_before_leaving_still_count() -> None:
