@@ -69,7 +69,8 @@ class MemorySource:
                 start = os.lseek(self._bar.fd, position, os.SEEK_DATA)
             except OSError:  # ENXIO: only a hole is left
                 break
-            position = os.lseek(self._bar.fd, start, os.SEEK_HOLE)
+            # The client can make holes meanwhile, even of what was just found.
+            position = max(os.lseek(self._bar.fd, start, os.SEEK_HOLE), start + PAGE)
             runs.update(range(start - start % RUN, position, RUN))
         return sorted(runs)
 

@@ -51,6 +51,15 @@ def test_memory_that_was_never_written_is_not_sent(bar: MemoryBar) -> None:
     assert payloads(MemorySource(bar)) == []
 
 
+def test_a_client_that_makes_holes_while_pages_are_looked_for_holds_nobody_up(
+    bar: MemoryBar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bar.write(0, b"x" * SIZE)
+    seek = os.lseek
+    monkeypatch.setattr(os, "lseek", lambda fd, at, how: at if how == os.SEEK_HOLE else seek(fd, at, how))
+    assert len(payloads(MemorySource(bar))) == SIZE // RUN
+
+
 def test_every_run_that_is_looked_at_is_told_of(bar: MemoryBar) -> None:
     source = MemorySource(bar)
     for offset in (0, 3 * RUN, 4 * RUN):
