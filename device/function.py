@@ -326,6 +326,7 @@ class PciFunction:
         with self.gate:
             if self.running:
                 self.running = False
+                self.dma.disturb()
                 self.interrupts.silence()
                 self.on_stop()
 

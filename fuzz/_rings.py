@@ -6,6 +6,7 @@ import struct
 from errno import EFAULT, EIO, ENOTCONN, ETIMEDOUT
 from typing import Final
 
+from device.dma.remote import Wanted, always
 from device.errors import DeviceError
 from device.function import PciFunction, ResetKind
 from device.virtio.transport import Status
@@ -43,7 +44,7 @@ class Liar:
         self._function = function
         self.choices = Choices(b"")
 
-    def read(self, iova: int, length: int) -> bytes:
+    def read(self, iova: int, length: int, wanted: Wanted = always) -> bytes:
         """See RemoteMemory."""
         self._before(iova)
         data = self._zoo.guest[iova : iova + length]
@@ -51,7 +52,7 @@ class Liar:
             raise DeviceError(EFAULT, "nothing is there")
         return data
 
-    def write(self, iova: int, data: bytes) -> None:
+    def write(self, iova: int, data: bytes, wanted: Wanted = always) -> None:
         """See RemoteMemory."""
         self._before(iova)
         if iova + len(data) > SIZE:

@@ -7,6 +7,8 @@ and what the client asks for meanwhile keeps its order and is handled afterwards
 
 - Nobody waits longer than the deadline (ETIMEDOUT); an answer that comes later is dropped.
 - When the session ends everybody who waits has ENOTCONN at once, and so has everybody who asks later.
+- What the device wants no more, because it was reset or a window went away, is not asked for after that: the
+  request is on its way before the gate is left in which it was found to be wanted.
 - A client that answers with something else than was asked for is EIO; its own refusal is its errno.
 
 Whoever asks must not hold the gate: the trio thread may need it before it can see the answer.
@@ -23,10 +25,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
-from errno import EBUSY, EIO, ENOTCONN, ETIMEDOUT
+from dataclasses import dataclass, field
+from errno import EBUSY, ECANCELED, EIO, ENOTCONN, ETIMEDOUT
 
 import trio
 
+from device._gate import Gate
+from device.dma.remote import UnwantedError, Wanted, always
 from device.errors import DeviceError
 from protocol import BadReply, Command, Connection, ErrorReply, LocalProtocolError, Refused, Reply
 from protocol.limits import MAX_DMA_UNANSWERED, MAX_FDS_PER_MESSAGE, RECEIVE_SIZE
@@ -39,29 +44,39 @@ __all__ = ["Answered", "ByMessage", "InBandMemory", "TwinMemory"]
 Answered = Reply | ErrorReply | BadReply
 """What the engine says of a request that is over."""
 
-_Answer = Future[Reply]
+
+@dataclass(frozen=True, slots=True)
+class _Access:
+    """One request of the device; whoever asks waits for `answer`."""
+
+    command: Command
+    body: DmaAccess
+    data: bytes
+    wanted: Wanted
+    answer: Future[Reply] = field(default_factory=Future)
 
 
 class ByMessage(ABC):
     """What both roads have in common. `read` and `write` may be called by any thread."""
 
-    def __init__(self, engine: Connection, deadline: float) -> None:
+    def __init__(self, engine: Connection, gate: Gate, deadline: float) -> None:
         self._engine = engine
+        self._gate = gate
         self._deadline = deadline
-        self._answers: dict[tuple[int, Command], _Answer] = {}
+        self._answers: dict[tuple[int, Command], Future[Reply]] = {}
 
-    def read(self, iova: int, length: int) -> bytes:
+    def read(self, iova: int, length: int, wanted: Wanted = always) -> bytes:
         """The client's ``length`` bytes at ``iova``; DeviceError as the module says, or what the client
         refuses with.
         """
-        data = self._ask(Command.DMA_READ, DmaAccess(iova, length), b"").data
+        data = self._ask(_Access(Command.DMA_READ, DmaAccess(iova, length), b"", wanted)).data
         if len(data) != length:
             raise DeviceError(EIO, f"DMA_READ of {length} bytes at {iova:#x} answered with {len(data)}")
         return data
 
-    def write(self, iova: int, data: bytes) -> None:
+    def write(self, iova: int, data: bytes, wanted: Wanted = always) -> None:
         """Write to the client's memory and wait until it is there; errors as those of `read`."""
-        self._ask(Command.DMA_WRITE, DmaAccess(iova, len(data)), data)
+        self._ask(_Access(Command.DMA_WRITE, DmaAccess(iova, len(data)), data, wanted))
 
     def answered(self, event: Answered) -> None:
         """Tell who asked, if he still waits."""
@@ -80,28 +95,33 @@ class ByMessage(ABC):
         """The session is over; called by the trio thread, which alone makes and ends sessions."""
 
     @abstractmethod
-    def _ask(self, command: Command, body: DmaAccess, data: bytes) -> Reply: ...
+    def _ask(self, access: _Access) -> Reply: ...
 
-    def _put(self, wire: Wire, answer: _Answer, command: Command, body: DmaAccess, data: bytes) -> None:
-        """Make the request and give it to the wire."""
+    def _put(self, wire: Wire, access: _Access) -> None:
+        """Make the request and give it to the wire, which is not busy or has what is sent next behind it."""
         if self._engine.closed:
             raise _nobody()
         if self._engine.outstanding >= MAX_DMA_UNANSWERED:
             raise DeviceError(EBUSY, f"the client owes {MAX_DMA_UNANSWERED} answers already")
-        try:
-            message_id, message = self._engine.request(command, body, data)
-        except LocalProtocolError as error:
-            raise DeviceError(error.errno, error.reason) from None
-        self._answers[message_id, command] = answer
-        wire.put(message)
+        with self._gate:
+            if not access.wanted():
+                raise UnwantedError(ECANCELED, "the access came too late")
+            try:
+                message_id, message = self._engine.request(access.command, access.body, access.data)
+            except LocalProtocolError as error:
+                raise DeviceError(error.errno, error.reason) from None
+            self._answers[message_id, access.command] = access.answer
+            wire.put(message)
 
-    def _wait(self, wire: Wire, fd: int, answer: _Answer, pull: Callable[[], bool], until: float) -> Reply:
-        """Send and receive in this thread until the answer is there; ``pull`` takes what has come."""
+    def _wait(
+        self, wire: Wire, fd: int, over: Callable[[], bool], pull: Callable[[], bool], until: float
+    ) -> None:
+        """Send and receive in this thread until it is ``over``; ``pull`` takes what has come."""
         while True:
             busy = wire.push()
             heard = pull()
-            if answer.done():
-                return answer.result()
+            if over():
+                return
             left = until - time.monotonic()
             if left <= 0:
                 raise _late()
@@ -118,8 +138,8 @@ class TwinMemory(ByMessage):
     cannot be reached any more.
     """
 
-    def __init__(self, engine: Connection, ours: socket.socket, deadline: float) -> None:
-        super().__init__(engine, deadline)
+    def __init__(self, engine: Connection, gate: Gate, ours: socket.socket, deadline: float) -> None:
+        super().__init__(engine, gate, deadline)
         ours.setblocking(False)
         self._socket = ours
         self._wire = Wire(ours, deadline)
@@ -133,16 +153,19 @@ class TwinMemory(ByMessage):
             close_all(self._engine.close())
             self._socket.close()
 
-    def _ask(self, command: Command, body: DmaAccess, data: bytes) -> Reply:
+    def _ask(self, access: _Access) -> Reply:
         until = time.monotonic() + self._deadline
         if not self._turn.acquire(timeout=self._deadline):
             raise _late()
         try:
             if self._closed:
                 raise _nobody()
-            answer = _Answer()
-            self._put(self._wire, answer, command, body, data)
-            return self._wait(self._wire, self._socket.fileno(), answer, self._pull, until)
+            fd = self._socket.fileno()
+            if self._wire.busy:  # with the rest of an access that was given up
+                self._wait(self._wire, fd, lambda: not self._wire.busy, self._pull, until)
+            self._put(self._wire, access)
+            self._wait(self._wire, fd, access.answer.done, self._pull, until)
+            return access.answer.result()
         except (ClientLeftError, ClientDroppedError):
             self._hang_up()
             raise _nobody() from None
@@ -189,6 +212,7 @@ class InBandMemory(ByMessage):
     def __init__(
         self,
         engine: Connection,
+        gate: Gate,
         deadline: float,
         *,
         wire: Wire,
@@ -196,7 +220,7 @@ class InBandMemory(ByMessage):
         pull: Callable[[], bool],
         attend: Callable[[], None],
     ) -> None:
-        super().__init__(engine, deadline)
+        super().__init__(engine, gate, deadline)
         self._wire = wire
         self._fd = fd
         self._pull = pull
@@ -204,7 +228,7 @@ class InBandMemory(ByMessage):
         self._thread = threading.get_ident()
         self._token = trio.lowlevel.current_trio_token()
         self._lock = threading.Lock()
-        self._waiting: set[_Answer] = set()
+        self._waiting: set[Future[Reply]] = set()
         self._closed = False
 
     def close(self) -> None:
@@ -216,16 +240,16 @@ class InBandMemory(ByMessage):
                     answer.set_exception(_nobody())
         self._answers.clear()
 
-    def _ask(self, command: Command, body: DmaAccess, data: bytes) -> Reply:
-        answer = _Answer()
+    def _ask(self, access: _Access) -> Reply:
+        answer = access.answer
         if threading.get_ident() == self._thread:
-            return self._ask_here(answer, command, body, data)
+            return self._ask_here(access)
         with self._lock:
             if self._closed:
                 raise _nobody()
             self._waiting.add(answer)
         try:
-            self._token.run_sync_soon(self._ask_for, answer, command, body, data)
+            self._token.run_sync_soon(self._ask_for, access)
             return answer.result(self._deadline)
         except TimeoutError:
             raise _late() from None
@@ -235,13 +259,14 @@ class InBandMemory(ByMessage):
             with self._lock:
                 self._waiting.discard(answer)
 
-    def _ask_for(self, answer: _Answer, command: Command, body: DmaAccess, data: bytes) -> None:
+    def _ask_for(self, access: _Access) -> None:
         """In the trio thread, for another one; raises nothing."""
+        answer = access.answer
         with self._lock:
             if answer not in self._waiting or answer.done():
                 return  # he has given up, or the session is over
         try:
-            self._put(self._wire, answer, command, body, data)
+            self._put(self._wire, access)
         except (ClientLeftError, ClientDroppedError):
             answer.set_exception(_nobody())  # and the session finds out by itself
         except Exception as error:
@@ -249,14 +274,15 @@ class InBandMemory(ByMessage):
         if self._wire.busy:
             self._attend()
 
-    def _ask_here(self, answer: _Answer, command: Command, body: DmaAccess, data: bytes) -> Reply:
+    def _ask_here(self, access: _Access) -> Reply:
         """In the trio thread: nothing else runs there until the answer has come."""
         if self._closed:
             raise _nobody()
         until = time.monotonic() + self._deadline
         try:
-            self._put(self._wire, answer, command, body, data)
-            return self._wait(self._wire, self._fd, answer, self._pull, until)
+            self._put(self._wire, access)
+            self._wait(self._wire, self._fd, access.answer.done, self._pull, until)
+            return access.answer.result()
         except (ClientLeftError, ClientDroppedError):
             raise _nobody() from None
         finally:

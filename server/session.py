@@ -259,6 +259,7 @@ class Session:
             await self._send(event.reply)
             self._memory = InBandMemory(
                 engine,
+                self._function.gate,
                 self._limits.dma_deadline,
                 wire=self._wire,
                 fd=self._socket.fileno(),
@@ -281,7 +282,8 @@ class Session:
             if self._engine.closed:
                 ours.close()  # what came along with VERSION ends the session at once
             else:
-                self._memory = TwinMemory(self._engine.twin(), ours, self._limits.dma_deadline)
+                gate, deadline = self._function.gate, self._limits.dma_deadline
+                self._memory = TwinMemory(self._engine.twin(), gate, ours, deadline)
             await self._send(reply, (theirs.fileno(),))
 
     def _failed(self, command: int, error: Exception) -> int:

@@ -15,6 +15,7 @@ Callers hold the card's gate. Pointers are good until the gate is left or a copy
 
 import errno
 import logging
+from functools import partial
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -25,6 +26,7 @@ from device._gate cimport Gate
 from device.dma._dirty cimport DirtyLog
 from device.dma._files cimport Backing, SharedFiles
 
+from device.dma.remote import UnwantedError
 from device.errors import DeviceError
 
 
@@ -421,6 +423,13 @@ cdef class DmaWindows:
                 log.exception("DMA by message, %d bytes at %#x", run[0], iova)
                 return FAULT_REFUSED - errno.EIO
 
+    def still_asked(self, uint64_t epoch, uint64_t iova, uint64_t length, uint32_t prot):
+        """Whether these bytes of one window are to be asked for as they were in that epoch."""
+        cdef uint8_t *part
+        cdef uint64_t run
+        return (self.epoch == epoch and self.span(iova, length, prot, &part, &run) == FAULT_MESSAGE_ONLY
+                and run >= length)
+
     cdef int _ask(self, uint64_t iova, uint64_t length, uint8_t *target, const uint8_t *source) except 1:
         cdef uint64_t epoch = self.epoch
         cdef Gate gate = self.gate
@@ -429,12 +438,16 @@ cdef class DmaWindows:
         data = None if source == NULL else PyBytes_FromStringAndSize(<const char *> source, length)
         if self.logging and source != NULL:
             self.mark(iova, length)     # whoever asks while the message is on its way must know
+        wanted = partial(self.still_asked, epoch, iova, length, DMA_READ if source == NULL else DMA_WRITE)
+        self.unanswered += 1
         depth = gate.suspend() if gate is not None else 0
         try:
             if source == NULL:
-                data = remote.read(iova, length)
+                data = remote.read(iova, length, wanted)
             else:
-                remote.write(iova, data)
+                remote.write(iova, data, wanted)
+        except UnwantedError:
+            fault = FAULT_DISTURBED
         except DeviceError as error:
             fault = _fault(error.errno)
             log.debug("DMA by message, %d bytes at %#x: %s", length, iova, error)
@@ -442,6 +455,7 @@ cdef class DmaWindows:
             if depth:
                 with nogil:
                     gate.resume(depth)
+            self.unanswered -= 1
         if self.logging and source != NULL:
             self.mark(iova, length)     # and whoever asked meanwhile may have come before the write
         if fault == FAULT_GONE and remote is self._remote and self._answering:

@@ -12,12 +12,14 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from errno import EFAULT, ENOTCONN, ETIMEDOUT
+from errno import ECANCELED, EFAULT, ENOTCONN, ETIMEDOUT
 from functools import partial
 from typing import Final
 
 import trio
 
+from device._gate import Gate
+from device.dma.remote import UnwantedError, Wanted, always
 from device.errors import DeviceError
 from server.libvfio_user._context import Context
 from server.libvfio_user.library import LibraryError
@@ -33,8 +35,11 @@ class TwinMemory:
     client's end. Made in the trio thread; `read` and `write` may be called by any.
     """
 
-    def __init__(self, context: Context, twin: int, deadline: float, end: Callable[[], None]) -> None:
+    def __init__(
+        self, context: Context, gate: Gate, twin: int, deadline: float, end: Callable[[], None]
+    ) -> None:
         self._context = context
+        self._gate = gate
         self._twin = socket.socket(fileno=twin)
         self._deadline = deadline
         self._end = end
@@ -44,13 +49,13 @@ class TwinMemory:
         self._waiting: set[Future[bytes]] = set()
         self._closed = False
 
-    def read(self, iova: int, length: int) -> bytes:
+    def read(self, iova: int, length: int, wanted: Wanted = always) -> bytes:
         """See `device.dma.remote.RemoteMemory`."""
-        return self._ask(partial(self._context.read_memory, iova, length))
+        return self._ask(partial(self._context.read_memory, iova, length), wanted)
 
-    def write(self, iova: int, data: bytes) -> None:
+    def write(self, iova: int, data: bytes, wanted: Wanted = always) -> None:
         """See `device.dma.remote.RemoteMemory`."""
-        self._ask(partial(self._context.write_memory, iova, data))
+        self._ask(partial(self._context.write_memory, iova, data), wanted)
 
     def close(self) -> None:
         """The session is over: whoever waits has ENOTCONN."""
@@ -61,7 +66,7 @@ class TwinMemory:
                     future.set_exception(_nobody())
         self._twin.close()
 
-    def _ask(self, access: Callable[[], bytes]) -> bytes:
+    def _ask(self, access: Callable[[], bytes], wanted: Wanted) -> bytes:
         if threading.get_ident() == self._thread:
             return self._do(access)
         future: Future[bytes] = Future()
@@ -70,7 +75,7 @@ class TwinMemory:
                 raise _nobody()
             self._waiting.add(future)
         try:
-            self._token.run_sync_soon(self._do_for, future, access)
+            self._token.run_sync_soon(self._do_for, future, access, wanted)
             return future.result(_TURNS * self._deadline)
         except TimeoutError:
             raise DeviceError(ETIMEDOUT, "the client answers other DMA messages too slowly") from None
@@ -80,11 +85,17 @@ class TwinMemory:
             with self._lock:
                 self._waiting.discard(future)
 
-    def _do_for(self, future: Future[bytes], access: Callable[[], bytes]) -> None:
+    def _do_for(self, future: Future[bytes], access: Callable[[], bytes], wanted: Wanted) -> None:
         with self._lock:
             if future not in self._waiting or future.done():
                 return
         try:
+            with (
+                self._gate
+            ):  # resets and unmaps are made in this thread, so none comes before the access is made
+                late = not wanted()
+            if late:
+                raise UnwantedError(ECANCELED, "the access came too late")
             future.set_result(self._do(access))
         except BaseException as error:
             future.set_exception(error)

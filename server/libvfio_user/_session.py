@@ -99,7 +99,8 @@ class Session:
             ending.callback(context.lost)
             if twin is not None:
                 self._reach_memory(
-                    TwinMemory(context, twin, self._limits.dma_deadline, self._hang_up), ending
+                    TwinMemory(context, self._function.gate, twin, self._limits.dma_deadline, self._hang_up),
+                    ending,
                 )
             self._let_wait()
             bridge = Bridge(self._function, context.trigger, self._told)

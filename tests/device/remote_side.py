@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 
 from device.dma import DmaWindows
+from device.dma.remote import Wanted, always
 from tests.device.driver_side import GuestMemory
 
 Ask = tuple[str, int, int]  # "read" or "write", address, bytes
@@ -43,10 +44,10 @@ class Client:
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
 
-    def read(self, iova: int, length: int) -> bytes:
+    def read(self, iova: int, length: int, wanted: Wanted = always) -> bytes:
         return self._wait(("read", iova, length), b"")
 
-    def write(self, iova: int, data: bytes) -> None:
+    def write(self, iova: int, data: bytes, wanted: Wanted = always) -> None:
         self._wait(("write", iova, len(data)), data)
 
     def close(self) -> None:

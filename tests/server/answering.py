@@ -3,14 +3,16 @@
 import os
 import socket
 import struct
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import trio
 import trio.testing
 
-from device.dma.remote import RemoteMemory
+from device.dma.remote import RemoteMemory, Wanted, always
 from device.errors import DeviceError
+from device.function import PciFunction, ResetKind
 from tests.server.raw import (
     DMA_READ,
     ERROR,
@@ -19,7 +21,7 @@ from tests.server.raw import (
     RawClient,
     message,
 )
-from tests.server.world import World
+from tests.server.world import PAGE, World
 
 INFO = struct.pack("=IIII", 16, 0, 0, 0)
 IOVA = 0x1000
@@ -79,3 +81,57 @@ def say(client: RawClient, *pieces: tuple[bytes, list[int]]) -> None:
 def reply_to(number: int, iova: int, data: bytes) -> bytes:
     """The answer to the server's read, which has the ``number`` that its requests are counted by."""
     return message(DMA_READ, struct.pack("=QQ", iova, len(data)) + data, message_id=number, flags=REPLY)
+
+
+class Overtaken:
+    """A road to the client's memory on which something else comes first."""
+
+    def __init__(self, road: RemoteMemory) -> None:
+        self._road = road
+        self.asked = threading.Event()
+        self.overtaken = threading.Event()
+
+    def read(self, iova: int, length: int, wanted: Wanted = always) -> bytes:
+        """See RemoteMemory."""
+        self._wait()
+        return self._road.read(iova, length, wanted)
+
+    def write(self, iova: int, data: bytes, wanted: Wanted = always) -> None:
+        """See RemoteMemory."""
+        self._wait()
+        self._road.write(iova, data, wanted)
+
+    def _wait(self) -> None:
+        self.asked.set()
+        assert self.overtaken.wait(20)
+
+
+async def overtake(served: World, by: Callable[[PciFunction], object], call: Callable[[], object]) -> Any:
+    """What comes of a worker's ``call``, which ``by`` overtakes between the device and the client."""
+    function = served.function
+    road = Overtaken(memory(served))
+    function.dma.remote = road
+
+    def work() -> Any:
+        with function.gate:
+            return call()
+
+    async with trio.open_nursery() as nursery:
+        worker = Worker(nursery, work)
+        await trio.to_thread.run_sync(road.asked.wait)
+        by(function)
+        road.overtaken.set()
+        return await worker.outcome()
+
+
+def unmap(function: PciFunction) -> None:
+    with function.gate:
+        function.dma.unmap(IOVA, PAGE)
+
+
+OVERTAKERS: list[Callable[[PciFunction], object]] = [
+    lambda function: function.reset(ResetKind.DEVICE),
+    lambda function: function.reset(ResetKind.FLR),
+    lambda function: function.stop(),
+    unmap,
+]

@@ -22,7 +22,7 @@ from tests.server.raw import (
     access,
     message,
 )
-from tests.server.world import Card, no_fd_leaks
+from tests.server.world import PAGE, Card, no_fd_leaks
 
 INFO = struct.pack("=IIII", 16, 0, 0, 0)
 
@@ -50,13 +50,11 @@ class Mirror:
 
     def read(self, offset: int, count: int) -> int:
         """What the guest has there."""
-        assert self.dma.remote is not None
-        return int.from_bytes(self.dma.remote.read(offset, count), "little")
+        return int.from_bytes(self.dma.read(offset, count), "little")
 
     def write(self, offset: int, count: int, value: int) -> None:
         """Have it there."""
-        assert self.dma.remote is not None
-        self.dma.remote.write(offset, value.to_bytes(count, "little"))
+        self.dma.write(offset, value.to_bytes(count, "little"))
 
 
 def requests(guest: Guest, plan: list[tuple[str, int]]) -> tuple[bytes, list[tuple[int, bytes | None]]]:
@@ -90,13 +88,13 @@ def requests(guest: Guest, plan: list[tuple[str, int]]) -> tuple[bytes, list[tup
 
 def work(card: Card, part: int, rounds: int) -> None:
     """A worker of the device: what it writes it reads again."""
-    remote = card.function.dma.remote
-    assert remote is not None
+    dma = card.function.dma
     start = REGISTERS + part * WORKER_PART
     for number in range(rounds):
         content = random.Random(number).randbytes(1 + number % WORKER_PART)
-        remote.write(start, content)
-        assert remote.read(start, len(content)) == content
+        with card.function.gate:
+            dma.write(start, content)
+            assert dma.read(start, len(content)) == content
 
 
 def live(guest: Guest, plan: list[tuple[str, int]], dma_messages: int) -> None:
@@ -115,6 +113,7 @@ async def scenario(plan: list[tuple[str, int]], seed: int, twin: bool, rounds: i
     mirror = Mirror()
     card = Card(registers=mirror)
     mirror.dma = card.function.dma
+    mirror.dma.map(0, PAGE, 3)
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     nested = sum(what in ("show", "change", "post") for what, _ in plan)

@@ -1,6 +1,7 @@
 import errno
 import os
 import struct
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import trio
 import trio.testing
 
 from device.errors import DeviceError
+from device.function import PciFunction
 from protocol.limits import MAX_DMA_UNANSWERED, Limits
 from protocol.quirks import Overrides, Quirk
 from server import SessionLimits, serve
 from server.session import Session
-from tests.server.answering import INFO, IOVA, Worker, granted, memory, refused, said
+from tests.server.answering import INFO, IOVA, OVERTAKERS, Worker, granted, memory, overtake, refused, said
 from tests.server.raw import (
+    DMA_MAP,
     DMA_READ,
     DMA_WRITE,
     GET_INFO,
@@ -22,10 +25,11 @@ from tests.server.raw import (
     REPLY,
     RawClient,
     access,
+    dma,
     message,
     version,
 )
-from tests.server.world import World, world
+from tests.server.world import PAGE, World, world
 
 # --- a worker thread asks, over the session's socket
 
@@ -154,6 +158,16 @@ async def test_who_waits_is_told_at_once_that_the_client_has_left(
     with pytest.raises(DeviceError) as refusal:
         remote.read(IOVA, 4)
     assert refusal.value.errno == errno.ENOTCONN
+
+
+@pytest.mark.parametrize("by", OVERTAKERS, ids=["reset", "flr", "stop", "unmap"])
+async def test_nothing_is_asked_for_that_a_reset_or_an_unmap_has_overtaken(
+    served: World, client: RawClient, by: Callable[[PciFunction], object]
+) -> None:
+    await client.do(DMA_MAP, dma(IOVA, PAGE))
+    write = partial(served.function.dma.write, IOVA, b"late")
+    assert await overtake(served, by, write) == errno.ECANCELED
+    await client.do(GET_INFO, INFO)  # and no DMA_WRITE before its reply
 
 
 async def test_there_is_no_memory_before_version_and_for_a_client_that_takes_no_data(served: World) -> None:

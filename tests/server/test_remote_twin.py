@@ -4,7 +4,7 @@ import json
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,17 +14,20 @@ import trio
 import trio.testing
 
 from device.errors import DeviceError
+from device.function import PciFunction
 from server import SessionLimits
-from tests.server.answering import INFO, IOVA, Worker, granted, memory, said
+from tests.server.answering import INFO, IOVA, OVERTAKERS, Worker, granted, memory, overtake, said
 from tests.server.raw import (
+    DMA_MAP,
     DMA_READ,
     GET_INFO,
     REPLY,
     RawClient,
+    dma,
     message,
     version,
 )
-from tests.server.world import World, world
+from tests.server.world import PAGE, World, world
 
 # --- over a socket of its own
 
@@ -70,6 +73,21 @@ async def test_dma_goes_over_the_second_socket(served: World, twin: Twin, nurser
     assert request.payload[16:] == b"abcd"
     await twin.second.send(granted(request))
     assert await writer.outcome() is None
+
+
+@pytest.mark.parametrize("by", OVERTAKERS, ids=["reset", "flr", "stop", "unmap"])
+async def test_nothing_is_asked_for_that_a_reset_or_an_unmap_has_overtaken(
+    served: World, twin: Twin, nursery: trio.Nursery, by: Callable[[PciFunction], object]
+) -> None:
+    await twin.main.do(DMA_MAP, dma(IOVA, PAGE))
+    road = memory(served)
+    write = partial(served.function.dma.write, IOVA, b"late")
+    assert await overtake(served, by, write) == errno.ECANCELED
+    reader = Worker(nursery, partial(road.read, IOVA, 4))
+    request = await said(twin.second)
+    assert request.command == DMA_READ
+    await twin.second.send(granted(request, b"abcd"))
+    assert await reader.outcome() == b"abcd"
 
 
 async def test_threads_take_turns_on_the_second_socket(

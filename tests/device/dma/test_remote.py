@@ -4,12 +4,14 @@ import errno
 import mmap
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import pytest
 
 from device._gate import Gate
 from device.dma import PAGE_SIZE, DmaWindows
 from device.dma._windows import DEFAULT_REMOTE_LIMIT, MAX_REMOTE_LIMIT
+from device.dma.remote import UnwantedError, Wanted, always
 from device.errors import DeviceError
 from tests.device.driver_side import GuestMemory, guest_memory
 from tests.device.remote_side import Client, client_of
@@ -183,6 +185,44 @@ def test_an_answer_for_a_card_that_has_become_another_is_thrown_away(world: Worl
     world.dma.map(BASE, 0x1000, 3)
     with world.gate:
         assert refusal(world.dma.write, BASE, b"data") == errno.ECANCELED
+
+
+@dataclass
+class Overtaken:
+    """`RemoteMemory` that is overtaken by something on its way to the client."""
+
+    world: World
+    change: Callable[[], object]
+
+    def read(self, iova: int, length: int, wanted: Wanted = always) -> bytes:
+        with self.world.gate:
+            self.change()
+            if not wanted():
+                raise UnwantedError(errno.ECANCELED, "too late")
+        return bytes(length)
+
+    def write(self, iova: int, data: bytes, wanted: Wanted = always) -> None:
+        self.read(iova, len(data), wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda dma: dma.disturb(), errno.ECANCELED),
+        (lambda dma: dma.unmap_all(), errno.ECANCELED),
+        (lambda dma: dma.unmap(BASE, 0x4000), errno.ECANCELED),
+        (lambda dma: dma.unmap(0, BASE), None),
+    ],
+)
+def test_who_asks_the_client_is_told_when_that_is_no_longer_wanted(
+    world: World, change: Callable[[DmaWindows], object], expected: int | None
+) -> None:
+    world.dma.remote = Overtaken(world, lambda: change(world.dma))
+    with world.gate:
+        if expected is None:
+            assert world.dma.read(BASE, 4) == bytes(4)
+        else:
+            assert refusal(world.dma.write, BASE, b"data") == expected
 
 
 def test_windows_that_change_while_the_client_is_asked_are_looked_up_anew(world: World) -> None:
