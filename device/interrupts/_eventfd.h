@@ -28,7 +28,9 @@ struct trionic_aio_ring { uint32_t id, nr, head, tail, magic, compat_features, i
 static aio_context_t trionic_aio;
 static int trionic_aio_null = -1;
 
-/* Once, before any thread signals; whether the kernel does the signalling. */
+/* Once, before any thread signals; whether the kernel does the signalling. It costs the system 64 of fs.aio-max-nr, 65536 by
+ * default, for each process that uses it. A process forked from this one has no part in it, and does as if there were none.
+ */
 static int trionic_eventfd_setup(void)
 {
     aio_context_t made = 0;
@@ -37,6 +39,8 @@ static int trionic_eventfd_setup(void)
     trionic_aio_null = open("/dev/null", O_RDONLY | O_CLOEXEC);
     if (trionic_aio_null < 0 || ((struct trionic_aio_ring *)made)->magic != TRIONIC_AIO_MAGIC) {
         syscall(SYS_io_destroy, made);
+        if (trionic_aio_null >= 0)
+            close(trionic_aio_null);
         return 0;
     }
     trionic_aio = made;

@@ -76,11 +76,6 @@ cdef class Lines:
         self._check(vector)
         self._fds[vector] = fd
 
-    def vector_armed(self, int vector):
-        """Whether `vector` would signal now."""
-        self._check(vector)
-        return self._fds[vector] >= 0
-
     def vector_fire(self, int vector):
         """Signal `vector`, or latch it as pending."""
         self._check(vector)

@@ -3,6 +3,8 @@
 import errno
 import os
 import select
+import subprocess
+import sys
 from collections.abc import Callable
 from threading import Thread
 
@@ -87,3 +89,25 @@ def test_draining_never_blocks_and_says_whether_anything_was_there(flags: int) -
     assert drain(fd)
     assert not drain(fd)
     release(fd)
+
+
+FORKED = """
+import os
+from device.interrupts._lines import signal
+fd = os.eventfd(0, os.EFD_NONBLOCK)
+signal(fd)
+child = os.fork()
+for _ in range(300):  # more than the kernel keeps unread
+    signal(fd)
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+signal(fd)
+print(os.eventfd_read(fd))
+"""
+
+
+def test_a_forked_process_signals_as_well_and_disturbs_nobody() -> None:
+    """Asynchronous I/O is not inherited, though the memory is where it keeps its results."""
+    done = subprocess.run([sys.executable, "-c", FORKED], stdout=subprocess.PIPE, check=True)
+    assert done.stdout == b"602\n"
