@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -195,9 +195,31 @@ async def travel(
 ) -> Journey:
     """Move the card at ``source`` to ``target`` and back, ``rounds`` times, under traffic.
 
-    ``progress`` is told how many moves are done. ClientError, in a group too, if either cannot be reached, if
-    the card sends nothing back, or if a move fails: the card is where it was before that move then.
+    ``progress`` is told how many moves are done. ClientError if either cannot be reached, if the card sends
+    nothing back, or if a move fails or takes longer than `PATIENCE_S`: the card is where it was before that
+    move then. Ctrl-C is raised as KeyboardInterrupt, never in a group.
     """
+    try:
+        return await _travel(source, target, rounds, precopy, wiring, progress)
+    except BaseExceptionGroup as group:
+        if group.subgroup(KeyboardInterrupt):
+            raise KeyboardInterrupt from group
+        if group.subgroup(lambda error: not isinstance(error, (client.ClientError, BaseExceptionGroup))):
+            raise
+        first: BaseException = group
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None
+
+
+async def _travel(
+    source: Path,
+    target: Path,
+    rounds: int,
+    precopy: bool,
+    wiring: Wiring,
+    progress: Callable[[int], None],
+) -> Journey:
     journey = Journey()
     async with AsyncExitStack() as stack:
         first, second = [await stack.enter_async_context(_connect(path)) for path in (source, target)]
@@ -213,7 +235,7 @@ async def travel(
             await traffic.wait_begun()
             for done in range(2 * rounds):
                 to = first if done % 2 else second
-                with trio.fail_after(PATIENCE_S):
+                with _patience(f"move {done + 1} is"):
                     await memory.change(nic.session, done)
                     journey.moves.append(await nic.migrate_to(to, precopy=precopy))
                     await memory.compare(nic.session)
@@ -225,15 +247,21 @@ async def travel(
 
 def move(source: Path, target: Path, rounds: int, **options: Any) -> Journey:
     """`travel` for those without an event loop; TrionicError, in one line, if it fails."""
-    if source.resolve() == target.resolve():
+    if os.path.realpath(source) == os.path.realpath(target):
         raise TrionicError(f"{source} and {target} are the same server; a card moves from one to another")
     try:
         return trio.run(partial(travel, source, target, rounds, **options))
-    except* client.ClientError as group:
-        first: BaseException = group
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise TrionicError(str(first)) from first
+    except client.ClientError as error:
+        raise TrionicError(str(error)) from error
+
+
+@contextmanager
+def _patience(what: str) -> Iterator[None]:
+    try:
+        with trio.fail_after(PATIENCE_S):
+            yield
+    except trio.TooSlowError:
+        raise client.ClientError(f"{what} not done within {PATIENCE_S:g} s; is a server stopped?") from None
 
 
 @asynccontextmanager

@@ -75,6 +75,9 @@ def test_what_cannot_be_checked_is_told_in_one_line(tmp_path: Path) -> None:
     assert "choose one" in refusal("conform", "--client", "--start", "x", path)
     assert "No such file" in refusal("conform", "--expect", tmp_path / "no.toml", path)
     assert "cannot listen here" in refusal("conform", "--client", tmp_path / "no" / "w.sock")
+    assert "path too long" in refusal("conform", "--client", tmp_path / ("w" * 108))
+    assert "No closing quotation" in refusal("conform", "--start", 'serve "{socket}', path)
+    assert "no command" in refusal("conform", "--start", " ", path)
 
 
 def test_a_client_is_watched(tmp_path: Path) -> None:

@@ -1,14 +1,19 @@
 import json
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
+import trio
 
+import client
+import client.virtio._attachment
 from tests.trionic.command import refusal, run, serving
 from trionic import migrating
 from trionic.errors import TrionicError
-from trionic.migrating import Journey, move, text
+from trionic.migrating import Journey, move, text, travel
 
 Pair = tuple[Path, Path]
 
@@ -77,6 +82,54 @@ def test_a_card_that_sends_nothing_back_cannot_be_counted(
         pytest.raises(TrionicError, match="no frame comes back"),
     ):
         move(first, second, 1)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little patience with a server that does not answer."""
+    monkeypatch.setattr(migrating, "PATIENCE_S", 0.5)
+    for module, name in (
+        (client.migration, "UNDO_TIMEOUT"),
+        (client.dma, "UNMAP_TIMEOUT"),
+        (client.interrupts, "DISABLE_TIMEOUT"),
+        (client.virtio._attachment, "STOP_TIMEOUT"),
+    ):
+        monkeypatch.setattr(module, name, 0.1)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_server_that_stops_answering_is_told(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.sock", tmp_path / "b.sock"
+    with serving("--socket", first), serving("--socket", second) as stopped:
+
+        def stop(done: int) -> None:
+            stopped.process.send_signal(signal.SIGSTOP)
+
+        with pytest.raises(TrionicError, match=r"not done within 0\.5 s|not moved") as told:
+            move(first, second, 10, progress=stop)
+        assert "\n" not in str(told.value)
+
+
+def test_a_server_that_dies_is_one_error_and_no_group(pair: Pair, tmp_path: Path) -> None:
+    third = tmp_path / "c.sock"
+    with serving("--socket", third) as dying:
+
+        def kill(done: int) -> None:
+            dying.process.kill()
+            dying.process.wait()
+
+        with pytest.raises(client.ClientError, match="server"):
+            trio.run(partial(travel, pair[0], third, 10, progress=kill))
+
+
+def test_ctrl_c_is_no_group(pair: Pair) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        move(*pair, 10, progress=lambda done: signal.raise_signal(signal.SIGINT))
+
+
+def test_a_path_that_leads_in_a_circle_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x").symlink_to(tmp_path / "x")
+    assert "Too many levels of symbolic links" in refusal("migrate", tmp_path / "x", tmp_path / "y")
 
 
 def test_a_frame_too_few_or_too_many_is_not_sound() -> None:

@@ -148,7 +148,12 @@ def _check(path: Path, start: str | None, checks: Sequence[Check], report: Repor
 
     from conformance import GoneError, Listening, Silent, Started, reach, run_checks
 
-    host: Host = Listening(path, patience) if start is None else Started(start, path, patience)
+    if start is not None and not start.strip():
+        raise TrionicError("--start: no command; write it as for a shell, with {socket} where the path goes")
+    try:
+        host: Host = Listening(path, patience) if start is None else Started(start, path, patience)
+    except ValueError as error:
+        raise TrionicError(f"--start: {start} is no command: {error}") from error
     try:
         trio.run(reach, host)
     except GoneError as error:
@@ -177,7 +182,7 @@ def _watch(
             click.echo("READY=1")
             trio.run(serve_one)
     except OSError as error:
-        raise TrionicError(f"{path}: cannot listen here: {error.strerror}") from error
+        raise TrionicError(f"{path}: cannot listen here: {error.strerror or error}") from error
 
 
 def _write(path: Path, report: Report, name: str) -> None:
