@@ -25,15 +25,15 @@ class Notes:
             self._breaches[name] = first, times + 1
         return bool(good)
 
-    def results(self, seconds: float) -> tuple[Result, ...]:
+    def results(self) -> tuple[Result, ...]:
         """A result for each statement; those that were never put to the test are not applicable."""
-        return tuple(self._result(check, seconds) for check in self._checks.values())
+        return tuple(self._result(check) for check in self._checks.values())
 
-    def _result(self, check: Check, seconds: float) -> Result:
+    def _result(self, check: Check) -> Result:
         if check.id in self._breaches:
             first, times = self._breaches[check.id]
             more = f" (and {times - 1} more times)" if times > 1 else ""
-            return Result(check, Outcome.FAIL, first + more, seconds)
+            return Result(check, Outcome.FAIL, first + more)
         if check.id in self._kept:
-            return Result(check, Outcome.PASS, "", seconds)
-        return Result(check, Outcome.NOT_APPLICABLE, "the client did nothing of the kind", seconds)
+            return Result(check, Outcome.PASS)
+        return Result(check, Outcome.NOT_APPLICABLE, "the client did nothing of the kind")

@@ -126,6 +126,8 @@ class Peer:
         """What the server announced in VERSION."""
         self.windows: list[Window] = []
         """What the server may reach by DMA_READ and DMA_WRITE."""
+        self.answers = True
+        """What the server asks for is answered."""
         self.asked: list[tuple[str, Message]] = []
         """What the server asked for, each with the socket it came by: "main" or "twin"."""
         self._things = ExitStack()
@@ -218,7 +220,8 @@ class Peer:
         self.asked.append((name, question))
         if question.flags & 0xF or question.command not in (Command.DMA_READ, Command.DMA_WRITE):
             raise Failed("no request but DMA_READ and DMA_WRITE", str(question))
-        await wire.send(answer_dma(self.windows, question))
+        if self.answers:
+            await wire.send(answer_dma(self.windows, question))
 
     def new_id(self) -> int:
         """A message id that this session did not use lately."""

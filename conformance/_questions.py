@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import trio
 
+from conformance._memory import PAGE
 from conformance._messages import Message, message
 from conformance._peer import Wire
 from conformance._rules import ClientWindow, Situation
@@ -22,6 +23,9 @@ UNKNOWN: Final = 0x7777
 
 SAMPLE: Final = 64
 """Bytes of a window that are read and written."""
+
+PLACES: Final = 64
+"""In each window: some hit what a guest's kernel left there, wherever it was put."""
 
 SAMPLED_WINDOWS: Final = 16
 """Windows that are looked into: a client with a virtual IOMMU maps thousands."""
@@ -58,6 +62,8 @@ class Questions:
         self._queue: list[tuple[Command | int, bytes, Answered]] = []
         self._next_id = 0x9000
         self._sampled = 0
+        self._later: list[ClientWindow] = []
+        self._bus_master = False
         self._probed_nowhere = False
 
     async def send(self, nursery: trio.Nursery) -> None:
@@ -105,27 +111,72 @@ class Questions:
         self._queue.append((UNKNOWN, b"", then))
 
     def window(self, window: ClientWindow) -> None:
-        """A window was mapped: read it, and write it if that is allowed."""
+        """A window was mapped: it is looked into, as soon as the device may do DMA."""
+        self._later.append(window)
+        if self._bus_master:
+            self._look()
+
+    def bus_master(self, enabled: bool) -> None:
+        """Bus mastering was switched on or off: before that, a PCI device does no DMA."""
+        self._bus_master = enabled
+        if enabled:
+            self._look()
+
+    def _look(self) -> None:
         if not self._probed_nowhere:
             self._nowhere()
+        windows, self._later = self._later, []
+        for window in windows:
+            if self._there(window):
+                self._sample(window)
+
+    def _there(self, window: ClientWindow) -> bool:
+        """It was not taken back meanwhile."""
+        return self._situation.windows.get(window.address) is window
+
+    def _sample(self, window: ClientWindow) -> None:
+        """Read some places, and write the first if that is allowed."""
         if self._sampled == SAMPLED_WINDOWS or DmaMapFlags.READ not in window.flags:
             return
         self._sampled += 1
-        count = min(SAMPLE, window.length)
-        before = self._behind(window, count)
+        writable = self._destructive and DmaMapFlags.WRITE in window.flags
+        for number, place in enumerate(self._places(window)):
+            self._ask_for(place, window, write=writable and number == 0)
+
+    def _places(self, window: ClientWindow) -> list[ClientWindow]:
+        """Places all over a window, with something in them where that can be seen: zeros look alike wherever
+        they lie.
+        """
+        step = max(PAGE, window.length // PLACES & -PAGE)
+        places = [
+            replace(window, address=window.address + at, offset=window.offset + at, length=SAMPLE)
+            for at in range(0, window.length - SAMPLE + 1, step)
+        ]
+        if window.fd < 0:
+            return places
+        return [each for each in places if any(self._behind(each, 4) or b"")] or places[:1]
+
+    def _ask_for(
+        self, place: ClientWindow, window: ClientWindow, *, write: bool, again: bool = False
+    ) -> None:
+        """A refusal is asked for a second time: the window may be on its way out."""
+        before = self._behind(place, SAMPLE)
 
         def then(reply: Message) -> None:
-            data = self._read(window, count, reply)
-            if data is None or before is None:
+            if not self._there(window):
                 return
-            steady = before == self._behind(window, count)
-            if steady:
-                good = data == before
-                self._situation.judge("client-dma.read-data", good, before.hex(), data.hex())
-            if self._destructive and steady and DmaMapFlags.WRITE in window.flags:
-                self._write(window, bytes(byte ^ 0xFF for byte in before), before)
+            if reply.refused and not again:
+                self._ask_for(place, window, write=write, again=True)
+                return
+            data = self._read(place, SAMPLE, reply)
+            if data is None or before is None or before != self._behind(place, SAMPLE):
+                return
+            good = data == before
+            self._situation.judge("client-dma.read-data", good, before.hex(), data.hex())
+            if write:
+                self._write(place, bytes(byte ^ 0xFF for byte in before), before)
 
-        self._queue.append((Command.DMA_READ, DmaAccess(window.address, count).encode(), then))
+        self._queue.append((Command.DMA_READ, DmaAccess(place.address, SAMPLE).encode(), then))
 
     def _read(self, window: ClientWindow, count: int, reply: Message) -> bytes | None:
         asked = DmaAccess(window.address, count)

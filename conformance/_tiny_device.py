@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from errno import EINVAL
 from typing import Final
 
+from conformance._device import BUS_MASTER, COMMAND
 from conformance._memory import PAGE
 from protocol.messages import IrqInfo
 from protocol.vfio import IrqIndex, IrqInfoFlags, RegionFlags, RegionIndex
@@ -90,6 +91,11 @@ class TinyDevice:
         for at, byte in enumerate(data, offset):
             if index != RegionIndex.CONFIG or at not in _READ_ONLY:
                 self._plain[RegionIndex(index)][at] = byte
+
+    @property
+    def bus_master(self) -> bool:
+        """Software lets it do DMA."""
+        return bool(self._plain[RegionIndex.CONFIG][COMMAND] & BUS_MASTER)
 
     def _check(self, index: int, offset: int, count: int) -> None:
         if not self.holds(index, offset, count):

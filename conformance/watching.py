@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 import os
 import socket
-import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -80,7 +79,6 @@ async def watch_socket(
     connected: socket.socket, *, patience: float, destructive: bool = False, limits: Limits = LIMITS
 ) -> tuple[Result, ...]:
     """The same for a client that is connected already; takes the socket over."""
-    begun = time.monotonic()
     connected.setblocking(False)
     with ExitStack() as things:
         things.callback(connected.close)
@@ -89,7 +87,7 @@ async def watch_socket(
         situation = Situation(Notes(CLIENT_CHECKS), device, limits)
         watcher = _Watcher(connected, situation, patience, destructive, things)
         await watcher.run()
-        return situation.notes.results(time.monotonic() - begun)
+        return situation.notes.results()
 
 
 class _Watcher:
@@ -297,12 +295,17 @@ class _Watcher:
         return body, self._situation.device.read(body.region, body.offset, body.count), ()
 
     def _region_write(self, request: Request, body: RegionAccess) -> Answer:
-        self._situation.device.write(body.region, body.offset, request.data)
+        self._write(body.region, body.offset, request.data)
         return body, b"", ()
+
+    def _write(self, region: int, offset: int, data: bytes) -> None:
+        self._situation.device.write(region, offset, data)
+        if region == RegionIndex.CONFIG and self._questions is not None:
+            self._questions.bus_master(self._situation.device.bus_master)
 
     def _write_multi(self, request: Request, body: WriteMulti) -> Answer:
         for region, offset, data in parse_writes(body, request.data):
-            self._situation.device.write(region, offset, data)
+            self._write(region, offset, data)
         return body, b"", ()
 
     def _reset(self, request: Request, body: None) -> Answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 from tests.conformance.mutations import (
     DMA_MAP,
@@ -22,6 +23,7 @@ from tests.conformance.mutations import (
     AnswersPosted,
     AsCommand,
     ErrorWithPayload,
+    Forsaken,
     Fragile,
     Ghost,
     Granting,
@@ -34,6 +36,7 @@ from tests.conformance.mutations import (
     OtherErrno,
     OtherMajor,
     OtherMinor,
+    OtherTwin,
     Restless,
     Reversing,
     SelfishMemory,
@@ -50,6 +53,7 @@ from tests.conformance.mutations import (
     changing,
     longer,
     particular,
+    questions,
     refusing,
     swallowing,
     turn,
@@ -210,4 +214,14 @@ LIES: dict[str, type[Honest]] = {
     "miscounts its stream": changing(turn(4), MIG_READ),
     "has another stream": changing(turn(12), MIG_READ),
     "answers MIG_DATA_WRITE with more": changing(longer, MIG_WRITE),
+    # what is asked
+    "asks for nothing": questions(lambda question: None),
+    "asks for too much": questions(
+        lambda question: replace(question, payload=word(8, 4096)(question.payload))
+    ),
+    "asks for what is not mapped": questions(
+        lambda question: replace(question, payload=word(0, 0x1000)(question.payload))
+    ),
+    "asks over the main socket though there is a twin": OtherTwin,
+    "cannot be left without an answer": Forsaken,
 }

@@ -6,6 +6,7 @@ import contextlib
 import json
 import mmap
 import os
+import socket
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -412,4 +413,50 @@ class ShortFiles(Honest):
             length = int.from_bytes(message.payload[24:32], "little")
             if os.fstat(message.fds[0]).st_size < min(length, 1 << 40):
                 raise Hangup
+        return message
+
+
+# DMA by message
+
+
+def questions(change: Callable[[Message], Message | None]) -> type[Honest]:
+    return type("Questions", (Honest,), {"question": lambda self, question: change(question)})
+
+
+class OtherTwin(Versions):
+    """Gives the client a twin socket, and uses the main one."""
+
+    def request(self, message: Message) -> Message | None:
+        proposed = version_of(message)
+        if not proposed:
+            return message
+        proposed = {name: value for name, value in proposed.items() if name != "twin_socket"}
+        text = json.dumps({"capabilities": proposed}).encode() + b"\0"
+        return replace(message, payload=message.payload[:4] + text)
+
+    def reply(self, asked: Message, reply: Message) -> Sequence[Message]:
+        proposed = version_of(asked)
+        if not proposed or "twin_socket" not in proposed or reply.is_refusal:
+            return (reply,)
+        ours, theirs = (each.detach() for each in socket.socketpair())
+        self.kept += [ours, theirs]
+        capabilities = {**json.loads(reply.payload[4:-1])["capabilities"]}
+        capabilities["twin_socket"] = {"supported": True, "fd_index": 0}
+        text = json.dumps({"capabilities": capabilities}).encode() + b"\0"
+        return (replace(reply, payload=reply.payload[:4] + text, fds=(theirs,)),)
+
+
+class Forsaken(Honest):
+    """Serves nobody any more after a question that was not answered."""
+
+    def begin(self) -> None:
+        self.deaf_after_client = False
+
+    def question(self, question: Message) -> Message | None:
+        self.deaf_after_client = True
+        return question
+
+    def request(self, message: Message) -> Message | None:
+        if message.flags & REPLY:
+            self.deaf_after_client = False
         return message

@@ -80,6 +80,10 @@ class Honest:
         """What the client gets instead of the server's answer."""
         return (reply,)
 
+    def question(self, question: Message) -> Message | None:
+        """What the client gets instead of a request of the server's; None: nothing."""
+        return question
+
     def unanswered(self, message: Message) -> Sequence[Message]:
         """What the client gets for a request that wants no answer."""
         return ()
@@ -182,8 +186,12 @@ class _Relay:
     async def _downward(self, over: trio.CancelScope) -> None:
         with contextlib.suppress(Hangup):
             while (message := await self._server.next(lambda data: None)) is not None:
-                asked = self._asked.pop(0)
-                for answer in self._mutation.reply(asked, message):
+                if message.flags & REPLY:
+                    answers = self._mutation.reply(self._asked.pop(0), message)
+                else:
+                    question = self._mutation.question(message)
+                    answers = () if question is None else (question,)
+                for answer in answers:
                     await self._client.send(answer)
                 for fd in message.fds:
                     os.close(fd)

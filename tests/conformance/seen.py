@@ -164,7 +164,7 @@ SEEN: dict[str, tuple[str, ...]] = {
         "twin-socket.unasked",
         "twin-socket.index",
     ),
-    "is silent once there is a twin": ("twin-socket.main-answers",),
+    "is silent once there is a twin": ("twin-socket.main-answers", "dma-access.no-stall"),
     "is no PCI device": ("device-info.pci",),
     "has unknown device flags": ("device-info.defined-flags",),
     "has 8 regions": (
@@ -371,4 +371,9 @@ SEEN: dict[str, tuple[str, ...]] = {
         "migration.round-trip",
         "migration.small-pieces",
     ),
+    "asks for nothing": ("dma-access.memory-without-descriptor", "dma-access.refused"),
+    "asks for too much": ("dma-access.size",),
+    "asks for what is not mapped": ("dma-access.form",),
+    "asks over the main socket though there is a twin": ("dma-access.over-the-twin",),
+    "cannot be left without an answer": ("dma-access.unanswered",),
 }

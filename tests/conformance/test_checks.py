@@ -24,7 +24,10 @@ def test_every_check_has_a_name_and_a_statement_of_its_own() -> None:
 
 
 def test_what_moves_a_device_is_destructive() -> None:
-    assert {check.id.partition(".")[0] for check in SERVER_CHECKS if check.destructive} == {"migration"}
+    assert {check.id.partition(".")[0] for check in SERVER_CHECKS if check.destructive} == {
+        "migration",
+        "dma-access",
+    }
 
 
 def test_a_check_without_a_statement_or_with_anothers_name_is_refused() -> None:

@@ -52,6 +52,7 @@ def failed(seen: dict[str, Result]) -> dict[str, str]:
 async def drive_ours(sock: socket.socket) -> None:
     """Everything that our client does."""
     async with client.over_socket(sock) as session:
+        await session.region_write(RegionIndex.CONFIG, 4, b"\6\0")
         async with client.dma_memory(session, 1 << 20), client.dma_memory(session, 1 << 16, shared=False):
             for _ in range(2):
                 await session.region_read(RegionIndex.BAR4, 0, 200_000)
@@ -156,6 +157,7 @@ def answers(answer: Callable[[raw.Message], bytes | None], *, shared: bool = Tru
     async def script(peer: RawClient) -> None:
         fd = memory()
         try:
+            await peer.write(raw.CONFIG, 4, b"\4\0")
             await peer.send(raw.message(raw.DMA_MAP, PAGES), [fd] if shared else [])
             with trio.move_on_after(0.5):
                 while (question := await peer.receive()) is not None:
