@@ -50,6 +50,7 @@ cdef class DmaWindows:
     cdef bint _answering                    # there is a remote, and it has not said that its client is gone
     cdef uint64_t _remote_limit
     cdef size_t _without_backing            # windows
+    cdef readonly size_t unanswered         # accesses that the client is being asked for
 
     cdef Py_ssize_t _find(self, uint64_t iova) noexcept nogil
     cdef int span(self, uint64_t iova, uint64_t length, uint32_t prot,

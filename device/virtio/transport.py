@@ -117,7 +117,7 @@ class VirtioPciTransport:
         self._power_on()
 
     def _power_on(self) -> None:
-        self.status = Status(0)
+        self.status = self._left_behind = Status(0)
         # Plain bits: a Feature remembers for ever each value that it was made from, and drivers choose these.
         self.driver_features = 0
         self.config_vector = NO_VECTOR
@@ -128,9 +128,22 @@ class VirtioPciTransport:
 
     def reset(self) -> None:
         """Status 0: the driver starts over (2.4)."""
+        status = self.status
         self.model.driver_gone()
         self._power_on()
+        self._left_behind = status
         self.lines.read_isr()
+
+    @property
+    def shown_status(self) -> Status:
+        """The status as the driver reads it: not 0 before its reset is complete (4.1.4.3.1).
+
+        The client may still be carrying out what the card asked of it for the driver that is gone; until it
+        has answered, that driver must not put its memory to other use.
+        """
+        if not self.status and self.queues[0].dma.unanswered:
+            return self._left_behind
+        return self.status
 
     def write_status(self, value: int) -> None:
         """The driver moves on; FEATURES_OK stays clear when it accepted what was not offered (3.1.1)."""
@@ -321,7 +334,7 @@ class CommonConfig:
         return len(self._t.queues)
 
     def _get_device_status(self) -> int:
-        return self._t.status
+        return self._t.shown_status
 
     def _set_device_status(self, value: int) -> None:
         self._t.write_status(value)
