@@ -127,6 +127,33 @@ async def test_a_reset_while_a_command_waits_for_the_client_starts_over(driver: 
     assert driver.status == 0
 
 
+async def test_a_reset_is_complete_when_the_client_has_answered(driver: Remote) -> None:
+    """virtio 1.3, 4.1.4.3.1: until then the status reads as before; the memory may still be written to."""
+    token = trio.lowlevel.current_trio_token()
+    done = trio.Event()
+    during: list[Status] = []
+
+    def reset() -> None:
+        before = driver.status
+        driver.status = 0
+        during.extend((before, driver.status))
+        done.set()
+
+    def meanwhile(_: Ask) -> None:
+        driver.client.meanwhile = lambda _: None
+        trio.from_thread.run_sync(reset, trio_token=token)
+
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            driver.start(buffers=0)
+            driver.client.meanwhile = meanwhile
+            nursery.start_soon(driver.nic.run)
+            await done.wait()
+            nursery.cancel_scope.cancel()
+    assert during[0] == during[1] != 0
+    assert driver.status == 0
+
+
 async def test_a_client_that_refuses_a_command_has_a_card_that_needs_a_reset(
     driver: Remote, nursery: trio.Nursery
 ) -> None:
