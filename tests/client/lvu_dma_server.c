@@ -1,0 +1,100 @@
+/*
+ * A device of libvfio-user that reaches its client's memory by DMA_READ and DMA_WRITE alone, as told by registers.
+ *
+ *   lvu_dma_server SOCKET
+ *
+ * BAR0, registers of 4 bytes: 0x00 and 0x04 an address (low, high), 0x08 a length of at most 1 MiB, 0x0c a command
+ * (1: read client memory into 0x1000, 2: write it from there), 0x10 the errno that the command ended with. Writes of 4
+ * bytes at 0x20 may go by an eventfd instead. Clients are served one after the other until SIGTERM.
+ */
+#include <err.h>
+#include <errno.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "libvfio-user.h"
+
+enum { COMMAND = 3, STATUS = 4, DOORBELL = 0x20, BUFFER = 0x1000, BAR0_SIZE = BUFFER + (1 << 20) };
+
+static const char *socket_path;
+
+static void on_signal(int number)
+{
+    (void)number;
+    unlink(socket_path);
+    _exit(0);
+}
+
+static int transfer(vfu_ctx_t *ctx, uint32_t *registers, bool to_client)
+{
+    uint64_t address = registers[0] | (uint64_t)registers[1] << 32;
+    size_t length = registers[2];
+    char *buffer = (char *)registers + BUFFER;
+    dma_sg_t *sg = calloc(1, dma_sg_size());
+    int status = 0;
+
+    if (length > BAR0_SIZE - BUFFER)
+        status = EINVAL;
+    else if (vfu_addr_to_sgl(ctx, (vfu_dma_addr_t)address, length, sg, 1, to_client ? PROT_WRITE : PROT_READ) != 1)
+        status = errno ? errno : EIO;
+    else if ((to_client ? vfu_sgl_write : vfu_sgl_read)(ctx, sg, 1, buffer) < 0)
+        status = errno ? errno : EIO;
+    free(sg);
+    return status;
+}
+
+static ssize_t access_bar0(vfu_ctx_t *ctx, char *buffer, size_t count, loff_t offset, bool is_write)
+{
+    uint32_t *registers = vfu_get_private(ctx);
+
+    if (offset < 0 || offset > (loff_t)(BAR0_SIZE - count)) {
+        errno = EINVAL;
+        return -1;
+    }
+    if (!is_write) {
+        memcpy(buffer, (char *)registers + offset, count);
+        return count;
+    }
+    memcpy((char *)registers + offset, buffer, count);
+    if (offset == COMMAND * 4)
+        registers[STATUS] = transfer(ctx, registers, registers[COMMAND] == 2);
+    return count;
+}
+
+int main(int argc, char **argv)
+{
+    static uint32_t registers[BAR0_SIZE / 4];
+    vfu_ctx_t *ctx;
+    int doorbell = eventfd(0, EFD_NONBLOCK);
+
+    if (argc != 2)
+        errx(2, "usage: lvu_dma_server SOCKET");
+    socket_path = argv[1];
+    signal(SIGTERM, on_signal);
+    ctx = vfu_create_ctx(VFU_TRANS_SOCK, socket_path, 0, registers, VFU_DEV_TYPE_PCI);
+    if (ctx == NULL || vfu_pci_init(ctx, VFU_PCI_TYPE_CONVENTIONAL, PCI_HEADER_TYPE_NORMAL, 0) < 0)
+        err(1, "%s", socket_path);
+    vfu_pci_set_id(ctx, 0x1af4, 0x10f1, 0x1af4, 0x1100);
+    if (vfu_setup_region(ctx, VFU_PCI_DEV_BAR0_REGION_IDX, BAR0_SIZE, access_bar0,
+                         VFU_REGION_FLAG_RW | VFU_REGION_FLAG_MEM, NULL, 0, -1, 0) < 0)
+        err(1, "vfu_setup_region");
+    if (vfu_setup_device_dma(ctx, NULL, NULL) < 0)
+        err(1, "vfu_setup_device_dma");
+    if (vfu_realize_ctx(ctx) < 0)
+        err(1, "vfu_realize_ctx");
+    if (vfu_create_ioeventfd(ctx, VFU_PCI_DEV_BAR0_REGION_IDX, doorbell, DOORBELL, 4, 0, 0) < 0)
+        err(1, "vfu_create_ioeventfd");
+    for (;;) {
+        if (vfu_attach_ctx(ctx) < 0)
+            continue;
+        while (vfu_run_ctx(ctx) >= 0 || errno == EAGAIN || errno == EINTR)
+            ;
+        if (errno != ENOTCONN)
+            err(1, "vfu_run_ctx");
+    }
+}
