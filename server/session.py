@@ -136,6 +136,8 @@ class Session:
 
     async def _sleep(self) -> None:
         """Until the client says something, or `_attend` finds something to do."""
+        if self._wire.busy:
+            return  # a worker's message came, and found no room, while others were let run
         self._asleep = True
         try:
             await trio.lowlevel.wait_readable(self._socket)

@@ -1,5 +1,7 @@
+import contextlib
 import errno
 import os
+import socket
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -14,14 +16,28 @@ from device.function import PciFunction
 from protocol.limits import MAX_DMA_UNANSWERED, Limits
 from protocol.quirks import Overrides, Quirk
 from server import SessionLimits, serve
+from server._remote import InBandMemory
 from server.session import Session
-from tests.server.answering import INFO, IOVA, OVERTAKERS, Worker, granted, memory, overtake, refused, said
+from tests.server.answering import (
+    INFO,
+    IOVA,
+    OVERTAKERS,
+    Worker,
+    granted,
+    memory,
+    overtake,
+    refused,
+    said,
+    say,
+)
 from tests.server.raw import (
     DMA_MAP,
     DMA_READ,
     DMA_WRITE,
     GET_INFO,
+    NO_REPLY,
     REGION_READ,
+    REGION_WRITE,
     REPLY,
     RawClient,
     access,
@@ -269,3 +285,54 @@ async def test_what_this_end_offers_may_be_told_by_hand(tmp_path: Path) -> None:
         assert b'"max_data_xfer_size":4096' in reply.payload
         await client.do(GET_INFO, INFO)
         assert served.function.dma.remote_limit == 4096
+
+
+async def test_a_message_that_finds_no_room_in_the_last_moment_before_sleep_is_sent_all_the_same(
+    tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed_over: list[Callable[[], object]] = []
+
+    class Token:
+        """The callbacks of threads run when the session lets others run, not before."""
+
+        def run_sync_soon(self, call: Callable[..., object], *args: object) -> None:
+            handed_over.append(partial(call, *args))
+
+    checkpoint = trio.lowlevel.checkpoint
+
+    async def others_run() -> None:
+        await checkpoint()
+        while handed_over:
+            handed_over.pop()()
+
+    monkeypatch.setattr(trio.lowlevel, "checkpoint", others_run)
+    async with world(tmp_path, limits=SessionLimits(messages_per_turn=1)) as served:
+        client = await served.client()
+        remote = memory(served)
+        assert isinstance(remote, InBandMemory)
+        monkeypatch.setattr(remote, "_token", Token())
+        worker = Worker(nursery, partial(remote.read, IOVA, 4))
+        with trio.fail_after(20):
+            while not handed_over:
+                await trio.testing.wait_all_tasks_blocked()
+        stuffed = stuff(remote)
+        fd = os.eventfd(0)  # so that it is the session's to handle, not the drain's
+        say(client, (message(REGION_WRITE, access(0, 0, 4) + b"abcd", flags=NO_REPLY), [fd]))
+        os.close(fd)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not handed_over
+        while stuffed:
+            stuffed -= len(await client.socket.recv(min(stuffed, 1 << 16)))
+        with trio.fail_after(20):
+            await client.send(granted(await said(client), b"abcd"))
+        assert await worker.outcome() == b"abcd"
+
+
+def stuff(remote: InBandMemory) -> int:
+    """Leave no room in the session's socket; how many bytes the client has to take before its own."""
+    with socket.socket(fileno=os.dup(remote._fd)) as same:
+        stuffed = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                stuffed += same.send(bytes(1 << 12))
+    return stuffed
