@@ -47,6 +47,7 @@ from tests.conformance.mutations import (
     StrangeErrno,
     StrangeFlags,
     StrayDescriptor,
+    Sulking,
     VersionId,
     Whole,
     adding,
@@ -223,5 +224,6 @@ LIES: dict[str, type[Honest]] = {
         lambda question: replace(question, payload=word(0, 0x1000)(question.payload))
     ),
     "asks over the main socket though there is a twin": OtherTwin,
+    "cannot be refused": Sulking,
     "cannot be left without an answer": Forsaken,
 }

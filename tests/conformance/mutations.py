@@ -460,3 +460,12 @@ class Forsaken(Honest):
         if message.flags & REPLY:
             self.deaf_after_client = False
         return message
+
+
+class Sulking(Honest):
+    """Hangs up on a client that refuses it something."""
+
+    def request(self, message: Message) -> Message | None:
+        if message.flags & REPLY and message.is_refusal:
+            raise Hangup
+        return message

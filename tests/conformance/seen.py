@@ -371,9 +371,10 @@ SEEN: dict[str, tuple[str, ...]] = {
         "migration.round-trip",
         "migration.small-pieces",
     ),
-    "asks for nothing": ("dma-access.memory-without-descriptor", "dma-access.refused"),
+    "asks for nothing": ("dma-access.memory-without-descriptor",),
     "asks for too much": ("dma-access.size",),
     "asks for what is not mapped": ("dma-access.form",),
     "asks over the main socket though there is a twin": ("dma-access.over-the-twin",),
+    "cannot be refused": ("dma-access.refused",),
     "cannot be left without an answer": ("dma-access.unanswered",),
 }
