@@ -34,9 +34,9 @@ from device._gate import Gate
 from device.dma.remote import UnwantedError, Wanted, always
 from device.errors import DeviceError
 from protocol import BadReply, Command, Connection, ErrorReply, LocalProtocolError, Refused, Reply
-from protocol.limits import MAX_DMA_UNANSWERED, MAX_FDS_PER_MESSAGE, RECEIVE_SIZE
+from protocol.limits import MAX_DMA_UNANSWERED, RECEIVE_SIZE
 from protocol.messages import DmaAccess
-from server._descriptors import close_all
+from server._descriptors import close_all, receive
 from server._wire import ClientDroppedError, ClientLeftError, Wire, gone
 
 __all__ = ["Answered", "ByMessage", "InBandMemory", "TwinMemory"]
@@ -179,9 +179,7 @@ class TwinMemory(ByMessage):
 
     def _pull(self) -> bool:
         try:
-            data, fds, flags, _ = socket.recv_fds(
-                self._socket, RECEIVE_SIZE, MAX_FDS_PER_MESSAGE, socket.MSG_CMSG_CLOEXEC
-            )
+            data, fds, lost = receive(self._socket, RECEIVE_SIZE)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -189,7 +187,7 @@ class TwinMemory(ByMessage):
         if not data:
             close_all(fds)
             raise ClientLeftError
-        for event in self._engine.receive(data, fds, fds_lost=bool(flags & socket.MSG_CTRUNC)):
+        for event in self._engine.receive(data, fds, fds_lost=lost):
             close_all(event.fds)
             if isinstance(event, Answered):
                 self.answered(event)

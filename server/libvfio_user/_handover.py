@@ -16,7 +16,7 @@ import socket
 from pathlib import Path
 from typing import Final
 
-from server._descriptors import close_all
+from server._descriptors import close_all, receive
 from server.libvfio_user._context import Context
 from server.libvfio_user.library import LibraryError
 
@@ -24,7 +24,6 @@ __all__ = ["hand_over"]
 
 # The reply to VERSION is shorter (its JSON has at most 1 KiB in 2022) and brings one descriptor at most.
 _REPLY_SIZE: Final = 4096
-_REPLY_FDS: Final = 1
 
 
 def hand_over(context: Context, client: socket.socket, path: Path, version: bytes) -> int | None:
@@ -43,7 +42,7 @@ def hand_over(context: Context, client: socket.socket, path: Path, version: byte
             context.attach()
         except LibraryError as error:
             refused = error
-        reply, fds, _, _ = socket.recv_fds(private, _REPLY_SIZE, _REPLY_FDS)
+        reply, fds, _ = receive(private, _REPLY_SIZE)
         try:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
             client.sendmsg([reply], rights, socket.MSG_NOSIGNAL)

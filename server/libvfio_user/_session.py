@@ -23,9 +23,9 @@ import trio
 
 from device.function import PciFunction
 from protocol.errors import RemoteProtocolError
-from protocol.limits import HEADER_SIZE, MAX_FDS_PER_MESSAGE, MAX_VERSION_DATA, SessionLimits
+from protocol.limits import HEADER_SIZE, MAX_VERSION_DATA, SessionLimits
 from protocol.messages import Header
-from server._descriptors import close_all
+from server._descriptors import close_all, receive
 from server._wire import ClientDroppedError, ClientLeftError
 from server.libvfio_user._context import Context
 from server.libvfio_user._handover import hand_over
@@ -247,7 +247,7 @@ class Session:
 
     def _take_some(self, size: int) -> bytes:
         """Some of the bytes that are there, `size` at most; what descriptors they brought are closed."""
-        data, fds, _, _ = socket.recv_fds(self._socket, size, MAX_FDS_PER_MESSAGE)
+        data, fds, _ = receive(self._socket, size)
         close_all(fds)
         return data
 
