@@ -59,13 +59,15 @@ _GONE: Final = "nobody is there: "
 async def _run(check: Check, host: Host) -> Result:
     assert check.run is not None
     begun = trio.current_time()
-    outcome, detail = await _told(check.run, host)
-    if not detail.startswith(_GONE):
-        after, aftermath = await _told(_next_client, host, fresh=False)
-        if after is Outcome.FAIL:
-            outcome, detail = after, f"{detail}; {aftermath}" if detail else aftermath
-    with trio.CancelScope(shield=True):
-        await host.end()
+    try:
+        outcome, detail = await _told(check.run, host)
+        if not detail.startswith(_GONE):
+            after, aftermath = await _told(_next_client, host, fresh=False)
+            if after is Outcome.FAIL:
+                outcome, detail = after, f"{detail}; {aftermath}" if detail else aftermath
+    finally:
+        with trio.CancelScope(shield=True):
+            await host.end()
     return Result(check, outcome, detail, trio.current_time() - begun)
 
 

@@ -106,3 +106,13 @@ async def test_a_server_may_end_with_its_client(tmp_path: Path) -> None:
     finally:
         await host.end()
     assert not (tmp_path / "short.sock").exists()
+
+
+async def test_a_run_that_is_given_up_leaves_no_server(tmp_path: Path) -> None:
+    path = tmp_path / "deaf.sock"
+    host = started(path, "keep = globals().setdefault('kept', []); keep.append(client)", 60)
+    with trio.move_on_after(1) as given_up:
+        await run_checks(select(SERVER_CHECKS, ["device-info.pci"]), host)
+    assert given_up.cancelled_caught
+    assert not path.exists()
+    assert host._process is None
