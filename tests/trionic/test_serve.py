@@ -95,6 +95,15 @@ def test_the_conventions_for_backends_are_kept(path: Path, tmp_path: Path) -> No
         assert other.is_socket(), "whoever made the socket's file removes it"
 
 
+def test_nothing_is_advised_for_a_socket_without_a_file() -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("")  # the kernel makes up an abstract name (unix(7), autobind)
+        listening.listen()
+        fd = listening.fileno()
+        with serving("--fd", str(fd), "--mac", "02:00:00:00:00:07", fds=[listening]) as served:
+            assert served.said == [f"fd{fd}: loopback, 02:00:00:00:00:07"]
+
+
 async def test_a_card_is_as_the_options_say(path: Path) -> None:
     options = ("--mac", "02:00:00:00:00:07", "--mtu", "9000", "--bar2-size", "64K", "--poll", "10")
     with serving("--socket", path, *options):

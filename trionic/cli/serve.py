@@ -218,10 +218,10 @@ def _tell(settings: ServeConfig) -> None:
     """For each card the line that plugs it in, then the word that scripts wait for."""
     for card in settings.cards:
         mac = card.mac or derive_mac(card.socket)
-        click.echo(
-            f"{card.socket}: {card.port}, {mac.hex(':')}; plug it into QEMU {OLDEST_QEMU} or newer with"
-        )
-        click.echo(f"  {attach_line(card.socket)}")
+        told = f"{card.socket}: {card.port}, {mac.hex(':')}"
+        if card.socket.is_socket():  # --fd may be one without a name that another process could use
+            told += f"; plug it into QEMU {OLDEST_QEMU} or newer with\n  {attach_line(card.socket)}"
+        click.echo(told)
     click.echo("READY=1")
 
 
