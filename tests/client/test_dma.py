@@ -8,10 +8,14 @@ from errno import EBUSY, EEXIST
 
 import pytest
 import trio
+import trio.testing
 
 import client
 from client.dma import mapped_in
+from protocol import LocalProtocolError
 from protocol.limits import MAX_DMA_PAGE
+from protocol.messages import DmaUnmap
+from protocol.vfio import DmaUnmapFlags
 from tests.client.peer import DMA_MAP, DMA_UNMAP, Peer, open_fds, session_with
 
 
@@ -113,6 +117,16 @@ async def test_a_refused_window_gives_its_address_back() -> None:
         with pytest.raises(client.ServerError, match="EEXIST"):
             await client.dma_memory(session, 4096, iova=0x5000).__aenter__()
         assert session.iovas.take(4096, at=0x5000) == 0x5000
+
+
+async def test_a_window_whose_unmapping_must_not_be_sent_stays() -> None:
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+        nursery.start_soon(session.dma_map, 0x1000, 4096)
+        peer.reply(await peer.expect(DMA_MAP))
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(LocalProtocolError, match="DMA_UNMAP"):
+            await session.unmap(DmaUnmap(DmaUnmap.size, DmaUnmapFlags.GET_DIRTY_BITMAP, 0x1000, 4096))
+        assert (0x1000, 4096) in session.windows
 
 
 async def test_a_window_whose_mapping_is_cancelled_is_taken_back() -> None:

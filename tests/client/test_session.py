@@ -12,11 +12,11 @@ import trio
 import trio.testing
 
 import client
-from protocol import Command, LocalProtocolError
+from protocol import Command
 from protocol.limits import MAX_OUTSTANDING, MAX_QUEUED, MAX_WHOLE_MESSAGE, RECEIVE_SIZE
-from protocol.messages import DeviceInfo, DmaUnmap
+from protocol.messages import DeviceInfo
 from protocol.quirks import Overrides, Quirk
-from protocol.vfio import DmaUnmapFlags, IrqSetFlags
+from protocol.vfio import IrqSetFlags
 from tests.client.peer import (
     DMA_MAP,
     DMA_READ,
@@ -199,16 +199,6 @@ async def test_a_window_whose_unmapping_is_given_up_is_not_reachable_by_message(
         with trio.move_on_after(0.01):
             await session.dma_unmap(0x1000, 4096)
         assert len(session.windows) == 0
-
-
-async def test_a_window_whose_unmapping_must_not_be_sent_stays() -> None:
-    async with session_with() as (session, peer), trio.open_nursery() as nursery:
-        nursery.start_soon(session.dma_map, 0x1000, 4096)
-        peer.reply(await peer.expect(DMA_MAP))
-        await trio.testing.wait_all_tasks_blocked()
-        with pytest.raises(LocalProtocolError, match="DMA_UNMAP"):
-            await session.unmap(DmaUnmap(DmaUnmap.size, DmaUnmapFlags.GET_DIRTY_BITMAP, 0x1000, 4096))
-        assert (0x1000, 4096) in session.windows
 
 
 async def refuse_unmap(peer: Peer) -> None:
