@@ -80,8 +80,8 @@ class Connection:
         """The agreed version, None before."""
         self._overrides = quirks or Overrides()
         self._state = State.START
-        self._is_twin = False
-        self._has_twin = False
+        self._is_twin = self._has_twin = False
+        self._layout_shown = False
         self._partial = bytearray()
         self._partial_fds: tuple[int, ...] = ()
         self._wanted = HEADER_SIZE
@@ -129,6 +129,11 @@ class Connection:
     def write_multiple(self) -> bool:
         """Both ends speak REGION_WRITE_MULTI."""
         return self.limits.write_multiple and self.peer.write_multiple
+
+    @property
+    def dma_layout_in_doubt(self) -> bool:
+        """The peer looks as if it had SHIFTED_DMA, and no DMA_READ reply has shown yet whether it has."""
+        return not self._layout_shown and Quirk.SHIFTED_DMA in self.quirks - self._overrides.force
 
     @property
     def max_message_size(self) -> int:
@@ -347,6 +352,7 @@ class Connection:
         if number == Command.DMA_WRITE:
             return complete_write_reply(asked, payload)
         shifted = proof_of_shift(asked, payload)
+        self._layout_shown |= shifted is not None
         if shifted is not None and shifted is not (Quirk.SHIFTED_DMA in self.quirks):
             changed = self.quirks | {Quirk.SHIFTED_DMA} if shifted else self.quirks - {Quirk.SHIFTED_DMA}
             self._believe(self._overrides.apply(changed))

@@ -269,6 +269,31 @@ async def test_qemu_is_spoken_to_in_its_own_way(served: World, nursery: trio.Nur
     await work_as_qemu(served, client, nursery)
 
 
+@pytest.mark.parametrize("early", [True, False], ids=["4 bytes early", "in their place"])
+@pytest.mark.parametrize("content", [bytes(8) + b"abcd" + bytes(4), bytes(5) + b"z" + bytes(4), bytes(10)])
+async def test_what_qemus_first_answer_leaves_open_is_asked_again(
+    served: World, nursery: trio.Nursery, content: bytes, early: bool
+) -> None:
+    client = await served.connect()
+    await as_qemu(client)
+    reader = Worker(nursery, partial(memory(served).read, IOVA, len(content)))
+    asked = 0
+    while not reader.over.is_set():
+        with trio.move_on_after(0.05) as silence:
+            request = await said(client)
+        if silence.cancelled_caught:
+            continue
+        address, count = struct.unpack("=QQ", request.payload)
+        part = content[address - IOVA :][:count]
+        assert len(part) == count
+        head = request.payload[:12]
+        answer = head + part + bytes(4) if early else request.payload + part
+        await client.send(message(DMA_READ, answer, message_id=request.message_id, flags=REPLY))
+        asked += 1
+    assert await reader.outcome() == content
+    assert asked == (1 if content == bytes(10) else 3 + early)
+
+
 async def test_who_has_which_ways_may_be_told_by_hand(tmp_path: Path, nursery: trio.Nursery) -> None:
     shifted = Overrides(force=frozenset({Quirk.SHIFTED_DMA}))
     by = partial(serve, session=partial(Session, quirks=shifted))
