@@ -424,7 +424,7 @@ class Connection:
             reason = check(body, sent, len(fds), most)
             if reason is not None:
                 raise LocalProtocolError(EINVAL, reason)
-        if len(self._pending) >= MAX_OUTSTANDING:
+        if not no_reply and len(self._pending) >= MAX_OUTSTANDING:
             raise LocalProtocolError(EBUSY, f"{MAX_OUTSTANDING} requests without an answer")
         self._step(Step.SEND_COMMAND)
         while (self._next_id, int(command)) in self._pending:

@@ -7,6 +7,7 @@ from errno import EINVAL, ENOSPC, EOPNOTSUPP
 from itertools import pairwise
 from typing import Final
 
+from device.dma import MAX_REPORT
 from device.errors import DeviceError
 from device.function import PciFunction
 from protocol import Request
@@ -64,6 +65,8 @@ def _unmap_with_bitmap(function: PciFunction, body: DmaUnmap, bitmap: Bitmap) ->
         smaller = bitmap.page_size < SMALLEST_PAGE
         if smaller or not function.dma.logging or (body.address | body.length) & (bitmap.page_size - 1):
             raise DeviceError(EINVAL, f"no writes are logged to whole pages of {bitmap.page_size:#x} bytes")
+        if body.length // bitmap.page_size > 8 * MAX_REPORT:
+            raise DeviceError(EINVAL, f"{8 * MAX_REPORT} pages at most are reported at once")
         function.dma.unmap(body.address, body.length)
         bits = function.dma.log_report(body.address, body.length, bitmap.page_size)
     data = bitmap.encode() + bits.ljust(bitmap.length, b"\0")

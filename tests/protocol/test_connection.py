@@ -272,6 +272,8 @@ def test_requests_without_an_answer_do_not_pile_up_for_ever() -> None:
         client.request(Command.DEVICE_RESET)
     with pytest.raises(LocalProtocolError, match="without an answer"):
         client.request(Command.DEVICE_RESET)
+    _, posted = client.request(Command.REGION_WRITE, RegionAccess(0, 0, 1), b"x", no_reply=True)
+    assert posted, "what asks for no answer adds none"
 
 
 def test_a_reply_must_be_the_commands_own() -> None:

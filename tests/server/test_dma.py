@@ -1,13 +1,19 @@
 import errno
 import os
 import struct
+from functools import partial
+from pathlib import Path
 
 import pytest
 
+from device.dma import MAX_REPORT
 from device.function import ResetKind
+from protocol.limits import Limits
+from server import serve
+from server.session import Session
 from tests.server.raw import DMA_MAP, DMA_UNMAP, FEATURE, RawClient, dma
 from tests.server.test_features import GET, REPORT, SET, START, STOP_LOG, feature
-from tests.server.world import PAGE, World
+from tests.server.world import PAGE, World, world
 
 SIZE = 256 * PAGE
 IOVA = 0x10_0000
@@ -203,6 +209,19 @@ async def test_an_unmap_with_a_bitmap_that_makes_no_sense_does_nothing(
     assert await client.refused(DMA_UNMAP, request_) == errno.EINVAL
     assert len(served.function.dma) == 1
     assert await dirty(client) == {0}
+
+
+async def test_a_window_with_more_pages_than_are_reported_at_once_stays(tmp_path: Path) -> None:
+    by = partial(serve, session=partial(Session, offer=Limits(max_data_xfer_size=2 * MAX_REPORT)))
+    async with world(tmp_path, by=by) as served:
+        client = await served.connect()
+        await client.negotiate({"max_msg_fds": 8, "max_data_xfer_size": 2 * MAX_REPORT})
+        size = (8 * MAX_REPORT + 1) * PAGE
+        await client.do(DMA_MAP, dma(0, size))
+        await client.do(FEATURE, start())
+        question = unmap(0, size, bitmap=MAX_REPORT + 8, argsz=2 * MAX_REPORT)
+        assert await client.refused(DMA_UNMAP, question) == errno.EINVAL
+        assert len(served.function.dma) == 1
 
 
 async def test_there_is_no_bitmap_unless_writes_are_logged(served: World, client: RawClient) -> None:
