@@ -143,13 +143,14 @@ def twin_agreed(limits: Limits, proposed: Capabilities) -> bool:
 def answer(limits: Limits, proposed: Capabilities) -> bytes:
     """The JSON with which a server answers: of what it could say, only what the client proposed.
 
-    The first two are said always: a client that proposed nothing still must know what it may send, and
-    every known server tells it. A twin socket is the first descriptor of the reply.
+    A client that does not mention a limit reckons with the spec's default; one that is lower it has to be
+    told all the same. A twin socket is the first descriptor of the reply.
     """
-    said: dict[str, object] = {
-        "max_msg_fds": limits.max_msg_fds,
-        "max_data_xfer_size": limits.max_data_xfer_size,
-    }
+    said: dict[str, object] = {}
+    if "max_msg_fds" in proposed.mentioned or limits.max_msg_fds < DEFAULT_MAX_MSG_FDS:
+        said["max_msg_fds"] = limits.max_msg_fds
+    if "max_data_xfer_size" in proposed.mentioned or limits.max_data_xfer_size < DEFAULT_MAX_DATA_XFER_SIZE:
+        said["max_data_xfer_size"] = limits.max_data_xfer_size
     if "max_dma_maps" in proposed.mentioned:
         said["max_dma_maps"] = min(limits.max_dma_maps, proposed.max_dma_maps)
     if "pgsizes" in proposed.mentioned:

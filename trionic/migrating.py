@@ -43,6 +43,8 @@ _PAGE: Final = 4096
 _FRAME_SIZE: Final = 256
 _NUMBER_AT: Final = 14
 _NUMBER_SIZE: Final = 8
+_BROADCAST: Final = b"\xff" * 6
+_SOMEBODY: Final = b"\x02\0\0\0\0\1"  # locally administered
 _ETHERTYPE: Final = b"\x88\xb5"  # IEEE 802 local experimental Ethertype 1
 
 
@@ -92,10 +94,10 @@ class _Traffic:
     """Numbered frames from the driver to itself, as many as the card takes."""
 
     def __init__(self, nic: NetDriver, journey: Journey) -> None:
-        assert nic.mac is not None
         self._nic = nic
         self._journey = journey
-        self._head = nic.mac + nic.mac + _ETHERTYPE
+        address = nic.mac or _BROADCAST  # for a card that has no address of its own
+        self._head = address + (nic.mac or _SOMEBODY) + _ETHERTYPE
         self._expected = 0
         self._waiting: set[int] = set()
         self._room = trio.Event()

@@ -154,7 +154,7 @@ SEEN: dict[str, tuple[str, ...]] = {
         "version.unknown-keys",
         "twin-socket.no-descriptors",
     ),
-    "says pgsizes unasked": ("version.subset",),
+    "says pgsizes unasked": ("version.subset", "version.subset-of-none"),
     "says write_multiple unasked": ("version.multiple-unasked",),
     "says numbers as text": ("version.kinds",),
     "takes 17 descriptors": ("version.limits-of-known-clients",),

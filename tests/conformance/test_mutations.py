@@ -17,7 +17,7 @@ from tests.conformance.test_native import NOT_APPLICABLE
 PATIENCE_S = 0.5
 
 # The native server itself shows that these can fail.
-FAIL_ANYWAY = {"disconnect.state-is-kept", "version.subset-of-none"}
+FAIL_ANYWAY = {"disconnect.state-is-kept"}
 
 
 def test_every_check_that_applies_sees_a_lie() -> None:

@@ -79,7 +79,11 @@ def test_malformed_announcements_are_refused(wrong: bytes) -> None:
 
 
 def test_a_server_answers_only_with_what_was_proposed() -> None:
-    assert set(said(answer(Limits(), Capabilities()))) == {"max_msg_fds", "max_data_xfer_size"}
+    assert said(answer(Limits(), Capabilities())) == {}
+    low = Limits(max_msg_fds=0, max_data_xfer_size=4096)
+    assert said(answer(low, Capabilities())) == {"max_msg_fds": 0, "max_data_xfer_size": 4096}, (
+        "a client that reckons with the defaults would send too much"
+    )
     answered = said(answer(Limits(), parse_capabilities(QEMU)))
     assert set(answered) == {
         *("max_msg_fds", "max_data_xfer_size", "max_dma_maps", "pgsizes", "write_multiple")

@@ -16,19 +16,24 @@ def test_a_card_is_held_against_the_specification(tmp_path: Path) -> None:
     with serving("--socket", path):
         done = run("conform", "--expect", NATIVE, "--junit", report, path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "✗ version.subset-of-none must" in done.stdout
+    assert "✗ disconnect.state-is-kept should" in done.stdout
     assert "0 failed" not in done.stdout
-    assert "2 failed as expected" in done.stdout
+    assert "1 failed as expected" in done.stdout
     assert int(ElementTree.parse(report).getroot().attrib["tests"]) > 200
 
 
 def test_an_unexpected_failure_is_exit_status_1(tmp_path: Path) -> None:
     path = tmp_path / "card.sock"
     with serving("--socket", path):
-        done = run("conform", "--only", "version.subset*", path)
+        done = run("conform", "--only", "disconnect.state-*", "--only", "version.subset*", path)
     assert done.returncode == 1
-    assert "expected no capabilities; came ['max_data_xfer_size', 'max_msg_fds']" in done.stdout
-    assert "2 checks" in done.stdout
+    assert "✗ disconnect.state-is-kept should" in done.stdout
+    assert "3 checks" in done.stdout
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_checked(tmp_path: Path) -> None:
+    told = refusal("conform", "--junit", tmp_path / "none" / "report.xml", tmp_path / "card.sock")
+    assert told.endswith("report.xml: nothing can be written there")
 
 
 def test_a_pass_that_was_not_expected_is_exit_status_1(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -128,6 +129,8 @@ def conform(
         raise TrionicError("no SOCKET; say where the server listens, or with --client where to listen")
     if as_server and start is not None:
         raise TrionicError("--start starts a server, and --client watches a client; choose one")
+    if junit is not None and not os.access(junit if junit.exists() else junit.parent, os.W_OK):
+        raise TrionicError(f"{junit}: nothing can be written there")
     try:
         expected = read_expectations(expect, {check.id for check in every}) if expect else {}
     except ExpectationError as error:
