@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ NEEDS_CSUM, GSO_NONE, GSO_TCPV4 = 1, 0, 1
 
 TUNSETPERSIST, TUNSETOWNER = 0x400454CB, 0x400454CC
 SOL_PACKET, PACKET_VNET_HDR = 263, 15
+SIOCGIFFLAGS, IFF_RUNNING = 0x8913, 0x40  # linux/sockios.h, linux/if.h
 IFF_UP, IFF_LOWER_UP = 1, 0x10000
 
 
@@ -352,11 +354,24 @@ def test_a_large_segment_from_the_card_is_taken_whole(network: Network, tap: Ope
         assert watcher.recv(70000)[54:] == frame[54:]
 
 
+def wait_running(network: Network) -> None:
+    """Until the device takes frames: the kernel learns of a carrier some time after the port has brought it,
+    and drops what is sent before.
+    """
+    deadline = time.monotonic() + 10
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        name = struct.pack("16s24x", network.tap.encode())
+        while not struct.unpack_from("<H", fcntl.ioctl(asking, SIOCGIFFLAGS, name), 16)[0] & IFF_RUNNING:
+            assert time.monotonic() < deadline
+            os.sched_yield()
+
+
 def received_of_a_large_segment(network: Network, port: TapPort) -> tuple[int, set[int]]:
     """Let the namespace send 8000 bytes of TCP at once: how many frames come, and their segmentation."""
     sent = segment(network.guest_address, network.address, 8000)
 
     def send() -> None:
+        wait_running(network)
         with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sender:
             sender.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
             sender.bind((network.tap, 0x0800))
