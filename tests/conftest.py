@@ -7,6 +7,7 @@ means that every test ran; the guests' own fixtures in tests/guest keep the same
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -21,6 +22,10 @@ from tests.peers.libvfio_user import LibvfioUser, libvfio_user_under_test
 # A property does not fail because the machine is busy.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
+
+
+# A shell without job control starts what is in its background deaf to Ctrl-C, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def cannot(reason: str) -> NoReturn:

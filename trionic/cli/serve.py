@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -195,12 +195,23 @@ def serve(
             given = [] if fd is None else [opened.enter_context(Listener.inherited(fd))]
             sockets = sockets or tuple(listener.path for listener in given)
             settings = _settings(sockets, ports, macs, every, poll_us, chosen, config)
-            listeners = given or [opened.enter_context(Listener(card.socket)) for card in settings.cards]
+            with _signals_held():
+                listeners = given or [opened.enter_context(Listener(card.socket)) for card in settings.cards]
         except ServerError as error:
             raise TrionicError(str(error)) from error
         from trionic.serving import run  # late: clients may connect while the rest is loaded
 
         run(settings, listeners, log_level, lambda: _tell(settings))
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """No signal comes between a socket's birth and the promise to remove it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _tell_limits(engine: EngineConfig) -> None:
