@@ -56,7 +56,7 @@ cdef class DmaWindows:
     cdef int span(self, uint64_t iova, uint64_t length, uint32_t prot,
                   uint8_t **where, uint64_t *run) noexcept nogil
     cdef uint8_t *contiguous(self, uint64_t iova, uint64_t length, uint32_t prot) noexcept nogil
-    cdef bint covers(self, uint64_t iova, uint64_t length, uint32_t prot) noexcept nogil
+    cdef int reach(self, uint64_t iova, uint64_t length, uint32_t prot) noexcept nogil
     cdef int copy_in(self, void *target, uint64_t iova, uint64_t length) noexcept nogil
     cdef int copy_out(self, uint64_t iova, const void *source, uint64_t length) noexcept nogil
     cdef void mark(self, uint64_t iova, uint64_t length) noexcept nogil

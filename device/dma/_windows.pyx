@@ -352,19 +352,19 @@ cdef class DmaWindows:
             done += run
         return start
 
-    cdef bint covers(self, uint64_t iova, uint64_t length, uint32_t prot) noexcept nogil:
-        """Whether all `length` bytes can be reached somehow, in pieces or by asking the client."""
+    cdef int reach(self, uint64_t iova, uint64_t length, uint32_t prot) noexcept nogil:
+        """FAULT_NONE if all `length` bytes can be reached somehow, in pieces or by asking the client."""
         cdef uint8_t *part
         cdef uint64_t run, done = 0
         cdef int fault
         while done < length:
             if iova + done < iova:
-                return False
+                return FAULT_UNMAPPED
             fault = self.span(iova + done, length - done, prot, &part, &run)
             if fault != FAULT_NONE and (fault != FAULT_MESSAGE_ONLY or not self._answering):
-                return False
+                return fault
             done += run
-        return True
+        return FAULT_NONE
 
     cdef int copy_in(self, void *target, uint64_t iova, uint64_t length) noexcept nogil:
         cdef uint8_t *part
@@ -387,15 +387,9 @@ cdef class DmaWindows:
     cdef int copy_out(self, uint64_t iova, const void *source, uint64_t length) noexcept nogil:
         cdef uint8_t *part
         cdef uint64_t run, done = 0
-        cdef int fault
-        while done < length:
-            if iova + done < iova:
-                return FAULT_UNMAPPED
-            fault = self.span(iova + done, length - done, DMA_WRITE, &part, &run)
-            if fault != FAULT_NONE and (fault != FAULT_MESSAGE_ONLY or not self._answering):
-                return fault
-            done += run
-        done = 0
+        cdef int fault = self.reach(iova, length, DMA_WRITE)
+        if fault != FAULT_NONE:
+            return fault
         while done < length:
             fault = self.span(iova + done, length - done, DMA_WRITE, &part, &run)
             if fault == FAULT_NONE:
