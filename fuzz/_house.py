@@ -109,6 +109,10 @@ class House:
         """Move the server's clock."""
         trio.from_thread.run_sync(self._clock.jump, seconds, trio_token=self._token)
 
+    def settle(self) -> None:
+        """Until the server has seen that the last client left, and has nothing to do."""
+        trio.from_thread.run(trio.testing.wait_all_tasks_blocked, trio_token=self._token)
+
     def check(self) -> None:
         """Once a client has left: the next one is served, and nothing of the other is left.
 

@@ -180,6 +180,7 @@ def test_a_descriptor_that_stays_behind_is_found(house: House, zoo: Zoo) -> None
 
 def test_a_window_that_stays_behind_is_found(house: House, zoo: Zoo) -> None:
     function = house.nic.function
+    house.settle()
     with function.gate:
         function.dma.map(0, 4096, 3, zoo.kinds["memory"], 0)
     try:
