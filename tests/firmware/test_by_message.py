@@ -211,7 +211,10 @@ async def test_doorbells_by_eventfd_are_as_good_as_any(
     with trio.fail_after(10):
         await silent.interrupted(CONTROL_QUEUE)
     assert silent.mac == OTHER
-    assert silent.nic.datapath.counters()["kicks"] > 0
+    with trio.fail_after(20):
+        # A busy machine may let the worker find each frame before it asks for doorbells.
+        while silent.nic.datapath.counters()["kicks"] == 0:
+            await traffic(cable, silent, 1)
 
 
 async def test_a_client_cannot_block_the_card_by_its_doorbells(
