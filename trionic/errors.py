@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "TrionicError"]
+from typing import Final
+
+__all__ = ["ONE_CLIENT", "SERVER_THERE", "ConfigError", "TrionicError"]
+
+# What to look for, where a server does not answer or cannot be reached.
+ONE_CLIENT: Final = "a server has one client at a time, is one there?"
+SERVER_THERE: Final = "is `trionic serve` or another vfio-user server there?"
 
 
 class TrionicError(Exception):

@@ -23,7 +23,8 @@ import client
 from client.migration import MigrationReport
 from client.virtio import NetDriver, Wiring, open_net
 from protocol.vfio import RegionFlags, RegionIndex
-from trionic.errors import TrionicError
+from trionic._groups import first_of
+from trionic.errors import ONE_CLIENT, TrionicError
 
 __all__ = ["Journey", "move", "text", "travel"]
 
@@ -206,11 +207,9 @@ async def travel(
     except BaseExceptionGroup as group:
         if group.subgroup(KeyboardInterrupt):
             raise KeyboardInterrupt from group
-        if group.subgroup(lambda error: not isinstance(error, (client.ClientError, BaseExceptionGroup))):
+        first = first_of(group, (client.ClientError,))
+        if first is None:
             raise
-        first: BaseException = group
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
         raise first from None
 
 
@@ -275,9 +274,7 @@ async def _connect(path: Path) -> AsyncIterator[client.Session]:
             patience.deadline = math.inf
             yield session
     if patience.cancelled_caught:
-        raise client.ClientError(
-            f"{path}: no answer within {PATIENCE_S:g} s; a server has one client at a time, is one there?"
-        )
+        raise client.ClientError(f"{path}: no answer within {PATIENCE_S:g} s; {ONE_CLIENT}")
 
 
 def text(journey: Journey) -> str:

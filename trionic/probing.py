@@ -14,7 +14,7 @@ from client.pci import Command, ConfigSpace, PciControl, read_config
 from client.regions import IrqDetails, RegionDetails
 from client.virtio import Feature, VirtioPci
 from protocol.vfio import IrqIndex, IrqInfoFlags, RegionFlags, RegionIndex
-from trionic.errors import TrionicError
+from trionic.errors import ONE_CLIENT, SERVER_THERE, TrionicError
 from trionic.lspci import describe_config, size_name
 
 __all__ = ["ProbeReport", "probe", "text"]
@@ -80,11 +80,9 @@ def probe(path: Path) -> ProbeReport:
     try:
         return trio.run(_probe, path)
     except client.ClientError as error:
-        raise TrionicError(f"{error}; is `trionic serve` or another vfio-user server there?") from error
+        raise TrionicError(f"{error}; {SERVER_THERE}") from error
     except trio.TooSlowError as error:
-        raise TrionicError(
-            f"{path}: no answer within {PATIENCE_S:g} s; a server has one client at a time, is one there?"
-        ) from error
+        raise TrionicError(f"{path}: no answer within {PATIENCE_S:g} s; {ONE_CLIENT}") from error
 
 
 async def _probe(path: Path) -> ProbeReport:

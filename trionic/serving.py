@@ -12,6 +12,7 @@ import trio
 from firmware.nic import Nic
 from firmware.ports import PortError, open_port
 from server import Listener, ServerError
+from trionic._groups import first_of
 from trionic.config import CardConfig, ServeConfig, derive_mac
 from trionic.engines import open_engine
 from trionic.errors import TrionicError
@@ -36,7 +37,7 @@ def run(
     except (PortError, ServerError) as error:
         raise TrionicError(str(error)) from error
     except BaseExceptionGroup as group:
-        told = _first_told(group)
+        told = first_of(group, _TOLD)
         if told is None:
             raise
         raise TrionicError(str(told)) from told
@@ -105,14 +106,3 @@ async def _serve_until_signal(
             async for _ in signals:
                 nursery.cancel_scope.cancel()
                 break
-
-
-def _first_told(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
-    """The first error of the group that has its one line to tell; None if another kind is among them."""
-    told = group.subgroup(_TOLD)
-    if told is None or group.subgroup(lambda error: not isinstance(error, (*_TOLD, BaseExceptionGroup))):
-        return None
-    first: BaseException = told
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    return first

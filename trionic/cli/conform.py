@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from trionic.errors import TrionicError
+from trionic.errors import ONE_CLIENT, SERVER_THERE, TrionicError
 
 if TYPE_CHECKING:
     from conformance import Check, Host
@@ -160,9 +160,9 @@ def _check(path: Path, start: str | None, checks: Sequence[Check], report: Repor
     try:
         trio.run(reach, host)
     except GoneError as error:
-        raise TrionicError(f"{error}; is `trionic serve` or another vfio-user server there?") from error
+        raise TrionicError(f"{error}; {SERVER_THERE}") from error
     except Silent as error:
-        raise TrionicError(f"{path}: {error}; a server has one client at a time, is one there?") from error
+        raise TrionicError(f"{path}: {error}; {ONE_CLIENT}") from error
     trio.run(run_checks, checks, host, report.told)
 
 
