@@ -33,9 +33,11 @@ class Irqchip(ABC):
     inputs: int
     resample: bool = True
 
+    @abstractmethod
     def activate(self) -> None:
         """The machine uses this irqchip from now on; raises IrqchipError if it cannot."""
 
+    @abstractmethod
     def deactivate(self) -> None:
         """The machine uses another one from now on: no input of this one interrupts a CPU any more."""
 

@@ -1,8 +1,9 @@
 """The machine's interrupt controller as its PCI devices see it: the irqchip of the moment, and four routes.
 
 Both can change while devices are in use: firmware and operating system agree on another irqchip (a POWER
-guest goes from XICS to XIVE when it has said what it understands), a kernel programs the router. A device that
-has wired its line straight into the irqchip must hear of it: `irqchip_change` and `routing_change` tell.
+guest goes from XICS to XIVE when it has said what it understands), a kernel programs the router. A device
+that has wired its line straight into the irqchip must hear of it: `irqchip_change` and `routing_change`
+tell.
 """
 
 from __future__ import annotations
