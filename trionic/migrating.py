@@ -21,9 +21,10 @@ import trio
 
 import client
 from client.migration import MigrationReport
-from client.virtio import NetDriver, Wiring, open_net
+from client.virtio import Wiring, open_net
 from protocol.vfio import RegionFlags, RegionIndex
 from trionic._groups import first_of
+from trionic._traffic import Frames, Traffic
 from trionic.errors import ONE_CLIENT, TrionicError
 
 __all__ = ["Journey", "move", "text", "travel"]
@@ -31,52 +32,23 @@ __all__ = ["Journey", "move", "text", "travel"]
 # A server that does not answer in this time is stuck, or busy with another client that came before.
 PATIENCE_S: Final = 10.0
 
-# What comes back after the last move has as long to do so; only a lost frame is waited for so long.
-GRACE_S: Final = 2.0
-
-# Frames under way at a time: fewer than a receive queue holds, so that the card never has to drop one.
-UNDER_WAY: Final = 64
-
 # Bytes kept in the card's own memory.
 _MEMORY: Final = 1 << 20
 _PAGE: Final = 4096
 
-_FRAME_SIZE: Final = 256
-_NUMBER_AT: Final = 14
-_NUMBER_SIZE: Final = 8
-_BROADCAST: Final = b"\xff" * 6
-_SOMEBODY: Final = b"\x02\0\0\0\0\1"  # locally administered
-_ETHERTYPE: Final = b"\x88\xb5"  # IEEE 802 local experimental Ethertype 1
-
 
 @dataclass(slots=True)
-class Journey:
+class Journey(Frames):
     """What the moves took, and what became of the frames meanwhile."""
 
     moves: list[MigrationReport] = field(default_factory=list)
-    sent: int = 0
-    received: int = 0
-    doubled: int = 0
-    """Frames that came back once more than they were sent."""
-    overtaken: int = 0
-    """Frames that came back before one that was sent earlier."""
     memory: int = 0
     """Bytes of the card's own memory whose content was compared after each move."""
-
-    @property
-    def lost(self) -> int:
-        """Frames that did not come back."""
-        return self.sent - (self.received - self.doubled)
 
     @property
     def downtime_ms(self) -> float:
         """How long the card stood still in a move, in the middle of all."""
         return 1e3 * statistics.median(move.downtime_seconds for move in self.moves)
-
-    @property
-    def sound(self) -> bool:
-        """Whether every frame came back once, in order."""
-        return not (self.lost or self.doubled or self.overtaken)
 
     def as_json(self) -> dict[str, Any]:
         """Everything, for programs; times in seconds, sizes in bytes."""
@@ -89,73 +61,6 @@ class Journey:
             "overtaken": self.overtaken,
             "memory": self.memory,
         }
-
-
-class _Traffic:
-    """Numbered frames from the driver to itself, as many as the card takes."""
-
-    def __init__(self, nic: NetDriver, journey: Journey) -> None:
-        self._nic = nic
-        self._journey = journey
-        address = nic.mac or _BROADCAST  # for a card that has no address of its own
-        self._head = address + (nic.mac or _SOMEBODY) + _ETHERTYPE
-        self._expected = 0
-        self._waiting: set[int] = set()
-        self._room = trio.Event()
-        self._quiet = trio.Event()
-        self._begun = trio.Event()
-        self._ending = False
-
-    async def send(self) -> None:
-        while not self._ending:
-            if len(self._waiting) >= UNDER_WAY:
-                self._room = trio.Event()
-                await self._room.wait()
-                continue
-            number = self._journey.sent
-            self._journey.sent += 1
-            self._waiting.add(number)
-            frame = self._head + number.to_bytes(_NUMBER_SIZE, "big")
-            await self._nic.send(frame.ljust(_FRAME_SIZE, b"\0"))
-
-    async def receive(self) -> None:
-        while True:
-            for frame in self._nic.receive_burst():
-                self._take(int.from_bytes(frame[_NUMBER_AT : _NUMBER_AT + _NUMBER_SIZE], "big"))
-            if len(self._waiting) < UNDER_WAY:
-                self._room.set()
-            if self._ending and not self._waiting:
-                self._quiet.set()
-                return
-            await self._nic.wait_receivable()
-
-    def _take(self, number: int) -> None:
-        journey = self._journey
-        journey.received += 1
-        self._begun.set()
-        if number not in self._waiting:
-            journey.doubled += 1
-            return
-        self._waiting.remove(number)
-        if number != self._expected:
-            journey.overtaken += 1
-        self._expected = number + 1
-
-    async def wait_begun(self) -> None:
-        """Until the first frame came back."""
-        with trio.move_on_after(GRACE_S):
-            await self._begun.wait()
-            return
-        raise client.ClientError(
-            "no frame comes back: only a card whose port is a loopback can be counted under traffic"
-        )
-
-    async def end(self) -> None:
-        """Send no more, and wait for what is under way."""
-        self._ending = True
-        self._room.set()
-        with trio.move_on_after(GRACE_S):
-            await self._quiet.wait()
 
 
 class _CardMemory:
@@ -226,7 +131,7 @@ async def _travel(
         first, second = [await stack.enter_async_context(_connect(path)) for path in (source, target)]
         nic = await stack.enter_async_context(open_net(first, wiring=wiring))
         await nic.share_with(second)
-        traffic = _Traffic(nic, journey)
+        traffic = Traffic(nic, journey)
         memory = _CardMemory(first)
         journey.memory = memory.size
         await memory.fill(first)

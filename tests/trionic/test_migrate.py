@@ -11,7 +11,7 @@ import trio
 import client
 import client.virtio._attachment
 from tests.trionic.command import refusal, run, serving
-from trionic import migrating
+from trionic import _traffic, migrating
 from trionic.errors import TrionicError
 from trionic.migrating import Journey, move, text, travel
 
@@ -74,7 +74,7 @@ def test_a_card_does_not_move_to_itself(tmp_path: Path) -> None:
 def test_a_card_that_sends_nothing_back_cannot_be_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(migrating, "GRACE_S", 0.05)
+    monkeypatch.setattr(_traffic, "GRACE_S", 0.05)
     first, second = tmp_path / "a.sock", tmp_path / "b.sock"
     with (
         serving("--socket", first, "--port", f"pcap:write={tmp_path / 'out.pcap'}"),
