@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -37,6 +38,13 @@ def drain(fd: int) -> bool:
         return os.preadv(fd, [bytearray(_COUNTER_SIZE)], -1, os.RWF_NOWAIT) == _COUNTER_SIZE
     except BlockingIOError:
         return False
+
+
+def waiting(fd: int) -> bool:
+    """Whether the counter is not zero: somebody is yet to read it."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return any(events & select.POLLIN for _, events in poll.poll(0))
 
 
 def release(fd: int | None) -> None:

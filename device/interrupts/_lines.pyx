@@ -138,21 +138,20 @@ cdef class Lines:
             self.intx_disabled = False
             self.intx_unmask()
 
-    def set_intx_fd(self, int fd):
-        """Wire the line to eventfd `fd` (borrowed), or to nothing when -1.
+    def intx_enable(self):
+        """The index becomes active: its line is unmasked, unless INTx is disabled (vfio_intx_enable)."""
+        self.intx_masked = self.intx_disabled
+        self._intx_automasked = False
 
-        A line wired anew starts unmasked unless INTx is disabled; a line re-plugged after it had signalled
-        signals the new eventfd, because whoever held the old one may not have read it.
-        """
-        cdef bint fresh = self._intx_fd < 0
-        self._intx_fd = fd
-        if fd < 0:
-            return
-        if fresh:
-            self.intx_masked = self.intx_disabled
-            self._intx_automasked = False
-        elif self._intx_automasked:
+    def intx_reopen(self):
+        """Unmask a line that masked itself, without a signal yet; what the host masked stays so."""
+        if self._intx_automasked:
             self.intx_masked = False
+            self._intx_automasked = False
+
+    def set_intx_fd(self, int fd):
+        """Signal eventfd `fd` (borrowed), or nobody when -1. A line that is high and unmasked does so at once."""
+        self._intx_fd = fd
         if self.intx_asserted:
             self.assert_intx()
 

@@ -196,6 +196,8 @@ class Interrupts:
             self.active = kind
             self._choose_mode()
         if kind is IrqKind.INTX:
+            if first:
+                self.line.enable()
             self.line.wire(borrowed[0])
             return
         bank = self._banks[kind]
@@ -263,7 +265,7 @@ class Interrupts:
         self._require_active(kind)
         if any(which):
             if held:
-                self.lines.intx_mask()
+                self.line.mask()
             else:
                 self.lines.intx_unmask()
 

@@ -81,6 +81,54 @@ def test_a_new_resample_eventfd_replaces_the_old_one(rig: Rig) -> None:
         assert rig.ear.heard() == 1
 
 
+def test_what_the_old_resample_eventfd_was_told_still_counts(rig: Rig) -> None:
+    with listeners(1) as (other,):
+        rig.interrupts.set_unmask_fd(INTX, rig.resample.fd)
+        rig.interrupts.intx(True)
+        assert rig.ear.heard() == 1
+        rig.resample.say()
+        rig.interrupts.set_unmask_fd(INTX, other.fd)
+        assert rig.ear.heard() == 1
+        rig.resample.say()
+        rig.interrupts.line.unmask_fd_fired()
+        assert rig.ear.heard() == 0, "from then on it says nothing"
+
+
+@pytest.mark.parametrize("taken", ["unwired", "disabled"])
+def test_a_resample_eventfd_that_is_taken_away_is_left_read(rig: Rig, taken: str) -> None:
+    rig.interrupts.set_unmask_fd(INTX, rig.resample.fd)
+    rig.interrupts.intx(True)
+    rig.interrupts.intx(False)
+    rig.resample.say()
+    if taken == "unwired":
+        rig.interrupts.set_unmask_fd(INTX, None)
+        assert not rig.interrupts.lines.intx_masked
+    else:
+        rig.interrupts.disable(INTX)
+    assert rig.resample.heard() == 0
+
+
+def test_a_resample_eventfd_that_was_signalled_before_unmasks_when_it_is_wired(rig: Rig) -> None:
+    rig.interrupts.intx(True)
+    assert rig.ear.heard() == 1
+    rig.resample.say()
+    rig.interrupts.set_unmask_fd(INTX, rig.resample.fd)
+    assert rig.ear.heard() == 1
+    assert rig.resample.heard() == 0
+
+
+def test_a_mask_comes_after_the_unmasking_that_was_signalled_before_it(rig: Rig) -> None:
+    rig.interrupts.set_unmask_fd(INTX, rig.resample.fd)
+    rig.interrupts.intx(True)
+    assert rig.ear.heard() == 1
+    rig.resample.say()
+    rig.interrupts.mask(INTX, 0, [True])
+    assert rig.ear.heard() == 1, "the level was high when it was unmasked"
+    rig.interrupts.line.unmask_fd_fired()
+    assert rig.ear.heard() == 0
+    assert rig.interrupts.lines.intx_masked
+
+
 def test_disabling_the_index_forgets_the_resample_eventfd(rig: Rig) -> None:
     rig.interrupts.set_unmask_fd(INTX, rig.resample.fd)
     rig.interrupts.disable(INTX)
@@ -108,6 +156,67 @@ def test_a_level_that_rose_before_the_wiring_is_signalled_by_it() -> None:
         interrupts.set_trigger(INTX, 0, [ear.fd])
         assert ear.heard() == 1
         interrupts.unwire_all()
+
+
+def test_another_trigger_eventfd_hears_of_a_high_line(rig: Rig) -> None:
+    with listeners(1) as (other,):
+        rig.interrupts.intx(True)
+        rig.interrupts.set_trigger(INTX, 0, [other.fd])
+        assert (rig.ear.heard(), other.heard()) == (1, 1)
+
+
+def test_the_same_trigger_eventfd_wired_again_is_not_told_twice(rig: Rig) -> None:
+    rig.interrupts.intx(True)
+    rig.interrupts.set_trigger(INTX, 0, [rig.ear.fd])
+    assert rig.ear.heard() == 1
+    rig.interrupts.set_trigger(INTX, 0, [rig.ear.fd])
+    assert rig.ear.heard() == 1, "it was read, and by whom nobody knows"
+    rig.unmask()
+    assert rig.ear.heard() == 1
+
+
+def test_the_old_trigger_eventfd_is_left_alone_by_an_unmasking_before_the_new_one(rig: Rig) -> None:
+    with listeners(1) as (other,):
+        rig.interrupts.set_unmask_fd(INTX, rig.resample.fd)
+        rig.interrupts.intx(True)
+        assert rig.ear.heard() == 1
+        rig.resample.say()
+        rig.interrupts.set_trigger(INTX, 0, [other.fd])
+        rig.interrupts.line.unmask_fd_fired()
+        assert (rig.ear.heard(), other.heard()) == (0, 1)
+
+
+def test_a_trigger_eventfd_that_is_taken_away_is_made_up_for_by_the_next(rig: Rig) -> None:
+    rig.interrupts.set_trigger(INTX, 0, [None])
+    rig.interrupts.intx(True)
+    rig.unmask()
+    rig.interrupts.set_trigger(INTX, 0, [rig.ear.fd])
+    assert rig.ear.heard() == 1
+
+
+@pytest.mark.parametrize("when", ["before it is taken away", "meanwhile"])
+def test_what_the_host_masked_stays_masked_through_another_wiring(rig: Rig, when: str) -> None:
+    if when == "meanwhile":
+        rig.interrupts.set_trigger(INTX, 0, [None])
+    rig.interrupts.mask(INTX, 0, [True])
+    rig.interrupts.set_trigger(INTX, 0, [None])
+    rig.interrupts.intx(True)
+    rig.interrupts.set_trigger(INTX, 0, [rig.ear.fd])
+    assert rig.ear.heard() == 0
+    rig.unmask()
+    assert rig.ear.heard() == 1
+
+
+def test_a_line_wired_while_it_is_disabled_waits_for_intx_disable_to_go(rig: Rig) -> None:
+    rig.interrupts.lines.intx_disable(True)
+    rig.interrupts.disable(INTX)
+    rig.interrupts.set_trigger(INTX, 0, [rig.ear.fd])
+    rig.interrupts.intx(True)
+    rig.interrupts.set_trigger(INTX, 0, [rig.ear.fd])
+    rig.unmask()
+    assert rig.ear.heard() == 0
+    rig.interrupts.lines.intx_disable(False)
+    assert rig.ear.heard() == 1
 
 
 def test_a_disabled_line_is_silent_and_catches_up_when_enabled(rig: Rig) -> None:
