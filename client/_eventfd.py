@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +17,31 @@ def is_eventfd(fd: int) -> bool:
         return str(Path(f"/proc/self/fd/{fd}").readlink()) == _KIND
     except OSError:
         return False
+
+
+def take(fd: int) -> int:
+    """What the counter has, which is 0 afterwards.
+
+    Never blocks: the server has the same open file and could take its O_NONBLOCK away.
+    """
+    count = bytearray(8)
+    try:
+        os.preadv(fd, (count,), -1, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return 0
+    return int.from_bytes(count, sys.byteorder)
+
+
+def identity(fd: int) -> int | None:
+    """A number that all descriptors of one eventfd share, and no other eventfd has while it is open
+    (Documentation/filesystems/proc.rst, "Eventfd files"; Linux 5.2). None if it is no eventfd.
+    """
+    try:
+        lines = Path(f"/proc/self/fdinfo/{fd}").read_text()
+    except OSError:
+        return None
+    _, found, number = lines.partition("\neventfd-id:")
+    return int(number.partition("\n")[0]) if found else None
 
 
 def signal(fd: int) -> None:

@@ -10,14 +10,13 @@ fired it stays masked until `unmask`, and fires again at once if the device stil
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from typing import Final
 
 import trio
 
-from client._eventfd import signal
+from client._eventfd import signal, take
 from client.errors import ClientError
 from client.session import Session
 from protocol.limits import DISABLE_TIMEOUT
@@ -37,16 +36,8 @@ class Interrupt:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def poll(self) -> int:
-        """How often it fired since the last `poll` or `wait`; 0 if not.
-
-        Never blocks: the server has the same open file and could take its O_NONBLOCK away.
-        """
-        count = bytearray(8)
-        try:
-            os.preadv(self.fd, (count,), -1, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return 0
-        return int.from_bytes(count, sys.byteorder)
+        """How often it fired since the last `poll` or `wait`; 0 if not. Never blocks."""
+        return take(self.fd)
 
     async def wait(self) -> int:
         """Wait until it fires; how often it did since the last time, at least 1."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import trio
 
-from client._eventfd import is_eventfd, signal
+from client._eventfd import identity, is_eventfd, signal, take
 
 FULL = 0xFFFF_FFFF_FFFF_FFFE
 
@@ -40,3 +40,20 @@ def test_other_descriptors_are_told_apart(fd: int) -> None:
     for other in (reader, writer, memory):
         os.close(other)
     assert not is_eventfd(memory)
+
+
+def test_what_was_counted_is_taken_once_and_nothing_blocks(fd: int) -> None:
+    os.eventfd_write(fd, 3)
+    assert take(fd) == 3
+    assert take(fd) == 0
+
+
+def test_all_descriptors_of_one_eventfd_have_its_identity_and_nothing_else_has(fd: int) -> None:
+    copy, other = os.dup(fd), os.eventfd(0)
+    memory = os.memfd_create("eventfd")
+    assert identity(fd) is not None
+    assert identity(copy) == identity(fd) != identity(other)
+    assert identity(memory) is None
+    for made in (copy, other, memory):
+        os.close(made)
+    assert identity(copy) is None
