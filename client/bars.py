@@ -16,7 +16,8 @@ from typing import Final, Literal, Self
 from client.errors import ClientError
 from client.regions import RegionDetails
 from client.session import Session
-from protocol.vfio import RegionFlags
+from client.trapping import Trapping
+from protocol.vfio import RegionFlags, RegionIndex
 
 Width = Literal[1, 2, 4, 8]
 
@@ -138,7 +139,8 @@ class Bar:
     """A region accessed by the best way for each offset: mapped where the server allows, by message
     elsewhere.
 
-    A context manager. `mapping` is None if nothing of it can be mapped, or if `map` is false.
+    A context manager. `mapping` is None if nothing of it can be mapped, or if `map` is false. It rests while
+    the session's `trapping` says so; whoever subscribed there is told of each access that goes by message.
     """
 
     def __init__(self, session: Session, index: int, *, map: bool = True) -> None:  # noqa: A002
@@ -148,26 +150,38 @@ class Bar:
         if self.region.size == 0:
             raise ClientError(f"the device has no region {index}")
         self.mapping = BarMapping(self.region) if map and self.region.areas else None
+        # An interrupt is ended by accesses to BARs: those to other regions are nobody's affair.
+        self._trapping = session.trapping if index <= RegionIndex.BAR5 else Trapping()
+
+    def _mapped(self, offset: int, width: Width) -> BarMapping | None:
+        mapping = self.mapping
+        if mapping is None or not self._trapping.mapped or not mapping.covers(offset, width):
+            return None
+        return mapping
 
     async def read(self, offset: int, width: Width) -> int:
         """A number at an offset; raises ServerError where the device refuses it."""
-        if self.mapping is not None and self.mapping.covers(offset, width):
-            return self.mapping.read(offset, width)
-        return int.from_bytes(await self.session.region_read(self.index, offset, width), sys.byteorder)
+        if (mapping := self._mapped(offset, width)) is not None:
+            return mapping.read(offset, width)
+        value = int.from_bytes(await self.session.region_read(self.index, offset, width), sys.byteorder)
+        self._trapping.accessed()
+        return value
 
     async def write(self, offset: int, width: Width, value: int) -> None:
         """Write a number and know that the device has it."""
-        if self.mapping is not None and self.mapping.covers(offset, width):
-            self.mapping.write(offset, width, value)
-        else:
-            await self.session.region_write(self.index, offset, value.to_bytes(width, sys.byteorder))
+        if (mapping := self._mapped(offset, width)) is not None:
+            mapping.write(offset, width, value)
+            return
+        await self.session.region_write(self.index, offset, value.to_bytes(width, sys.byteorder))
+        self._trapping.accessed()
 
     def post(self, offset: int, width: Width, value: int) -> None:
         """Write a number without waiting: a store where mapped, else a posted write."""
-        if self.mapping is not None and self.mapping.covers(offset, width):
-            self.mapping.write(offset, width, value)
-        else:
-            self.session.post_write_now(self.index, offset, value.to_bytes(width, sys.byteorder))
+        if (mapping := self._mapped(offset, width)) is not None:
+            mapping.write(offset, width, value)
+            return
+        self.session.post_write_now(self.index, offset, value.to_bytes(width, sys.byteorder))
+        self._trapping.accessed()
 
     def close(self) -> None:
         """Unmap."""

@@ -28,6 +28,7 @@ from client.errors import BadReplyError, ClientError, Disconnected, ServerError
 from client.io_fds import IoFds, ask_io_fds
 from client.iova import IovaSpace
 from client.regions import IrqDetails, RegionDetails
+from client.trapping import Trapping
 from client.windows import Window, Windows
 from protocol import (
     BadReply,
@@ -82,6 +83,8 @@ class Session:
         """Which I/O virtual addresses this session has given out."""
         self.windows = Windows()
         """What the server may reach by DMA_READ and DMA_WRITE."""
+        self.trapping = Trapping()
+        """Whether BARs may be accessed without messages, and who is told of those."""
         self.wires = [Wire(sock, connection, self)]
         """The session's socket, and the one for the server's commands if there is one."""
         self._wire = self.wires[0]

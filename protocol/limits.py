@@ -219,6 +219,16 @@ DISABLE_TIMEOUT: Final = 2.0
 cancellation.
 """
 
+INTX_TIMEOUT: Final = 2.0
+"""Seconds that a server gets to answer all messages of one change of an INTx line. The machine stands still
+meanwhile: its guest waits in the call that changed the irqchip or the route.
+"""
+
+INTX_MAPPINGS_OFF: Final = 1.1
+"""Seconds after an interrupt for which BARs are not mapped where INTx is ended by trapped accesses (QEMU's
+x-intx-mmap-timeout-ms): a device that interrupts more often keeps them off, which is cheaper than to and fro.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
