@@ -6,13 +6,18 @@ tools are fetched from Debian on first use and kept in the cache directory. ``py
 is the same rig by hand.
 """
 
+from tests.guest._arch import PPC64, X86_64, Arch
+from tests.guest._arguments import Card
 from tests.guest._errors import GuestError, RigError
-from tests.guest._machine import Card, Guest, GuestResult, boot
+from tests.guest._machine import Guest, GuestResult, boot
 from tests.guest._network import Network
 from tests.guest._qmp import Event, QmpError
 from tests.guest._root import Root, guest_root
 
 __all__ = [
+    "PPC64",
+    "X86_64",
+    "Arch",
     "Card",
     "Event",
     "Guest",

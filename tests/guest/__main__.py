@@ -12,9 +12,12 @@ import click
 import trio
 
 from tests.guest import Card, GuestError, Network, RigError, boot, guest_root
-from tests.guest._machine import accelerator, card_arguments, machine_arguments
+from tests.guest._arch import ARCHES, HOST
+from tests.guest._arguments import card_arguments, machine_arguments
+from tests.guest._machine import accelerator
 
 _SOCKET = click.Path(exists=True, dir_okay=False, path_type=Path)
+_ARCHES = {arch.debian: arch for arch in ARCHES}
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -52,11 +55,13 @@ def prepare() -> None:
     Later guests start from it without network access. Running it again costs nothing; after the cache
     directory was deleted it makes everything anew.
     """
-    root = guest_root()
-    click.echo(f"QEMU       {root.qemu_version}")
-    click.echo(f"kernel     {root.kernel_release}")
-    click.echo(f"programs   {root.tree}")
-    click.echo(f"initramfs  {root.initramfs} ({root.initramfs.stat().st_size / 1e6:.0f} MB)")
+    for arch in ARCHES:
+        root = guest_root(arch)
+        click.echo(f"guests     {arch.debian}")
+        click.echo(f"QEMU       {root.qemu_version}")
+        click.echo(f"kernel     {root.kernel_release}")
+        click.echo(f"programs   {root.tree}")
+        click.echo(f"initramfs  {root.initramfs} ({root.initramfs.stat().st_size / 1e6:.0f} MB)")
 
 
 @main.command()
@@ -102,6 +107,7 @@ def shell(
 
 @main.command()
 @_machine_options
+@click.option("--arch", type=click.Choice([*_ARCHES]), default=HOST.debian, show_default=True)
 @click.option("--deadline", default=60.0, show_default=True, help="Seconds until the guest is given up.")
 @click.option("--tap", is_flag=True, help="Add QEMU's own virtio card on a TAP in a namespace (needs root).")
 @click.argument("script", type=click.File())
@@ -111,6 +117,7 @@ def run(
     memory: str,
     kernel_args: tuple[str, ...],
     accel: str | None,
+    arch: str,
     deadline: float,
     tap: bool,
     script: TextIO,
@@ -130,6 +137,7 @@ def run(
             async with boot(
                 script.read(),
                 sockets,
+                root=guest_root(_ARCHES[arch]),
                 deadline=deadline,
                 smp=smp,
                 memory=memory,

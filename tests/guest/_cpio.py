@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 
 class CpioWriter:
     """Appends members to a ``newc`` archive; every member belongs to root and is dated to the epoch."""
 
-    def __init__(self, out: BinaryIO) -> None:
+    def __init__(self, out: IO[bytes]) -> None:
         self._out = out
         self._ino = 0
 

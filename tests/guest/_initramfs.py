@@ -8,15 +8,16 @@ import lzma
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
+from tests.guest._arch import Arch
 from tests.guest._cpio import CpioWriter
+from tests.guest._elf import needed_libraries
 from tests.guest._errors import RigError
+from tests.guest._packages import find_program, program_command
 from tests.peers.debian import run
-
-Program = Callable[[str], list[str]]
 
 # Busybox has its own idea of some of these; the real ones are what users run.
 _TOOLS = [
@@ -41,7 +42,6 @@ _OTHER_FILES = ["usr/share/misc/pci.ids", "etc/protocols", "etc/services"]
 # Which modules a guest can load, beside everything that these depend on. Paths below kernel/, without suffix.
 _MODULES = re.compile(
     r"drivers/(virtio|vdpa|vhost|vfio|iommu)/.*"
-    r"|drivers/firmware/qemu_fw_cfg"
     r"|drivers/net/(virtio_net|tun|tap|veth|dummy|macvlan|macvtap|ifb|vrf|nlmon|vxlan)"
     r"|drivers/net/(bonding|team|ipvlan)/.*"
     r"|drivers/net/ethernet/intel/e1000e?/.*"
@@ -53,21 +53,19 @@ _MODULES = re.compile(
 _SUFFIX = re.compile(r"\.ko(\.xz|\.zst|\.gz)?$")
 
 
-def _libraries(tree: Path, program: list[str]) -> set[Path]:
-    """The shared objects of `tree` that a program needs, as its own loader finds them."""
-    # The loader's listing mode takes the place of running the program: loader, options, then the program's
-    # path.
-    listed = run([program[0], "--list", *program[1:3], program[-1]])
-    found = set()
-    for line in listed.splitlines():
-        match = re.search(r"=> (\S+) \(0x", line)
-        if match:
-            path = Path(match[1])
-            if not path.is_relative_to(tree):
-                raise RigError(f"{program[-1]} would be linked with {path} of this host")
-            found.add(path)
-        elif "not found" in line:
-            raise RigError(f"{program[-1]} lacks a library:{line}")
+def library_closure(tree: Path, arch: Arch, programs: Iterable[Path]) -> set[Path]:
+    """The shared objects of `tree` that programs need, and those that these need in turn."""
+    found: set[Path] = set()
+    queue = [(path, name) for path in programs for name in needed_libraries(path)]
+    while queue:
+        user, name = queue.pop()
+        library = tree / "usr/lib" / arch.triplet / name
+        if library in found or name == Path(arch.loader).name:
+            continue
+        if not library.exists():
+            raise RigError(f"{user} lacks its library {name}")
+        found.add(library)
+        queue += [(library, needed) for needed in needed_libraries(library)]
     return found
 
 
@@ -87,8 +85,13 @@ def _selected_modules(modules: Path) -> set[str]:
     return chosen
 
 
+def modules_directory(tree: Path) -> Path:
+    """Where a tree has its kernel's modules; the directory is named as the kernel's release."""
+    return next((tree / "usr/lib/modules").iterdir())
+
+
 def _stage_modules(tree: Path, stage: Path, depmod: list[str]) -> None:
-    source = next((tree / "usr/lib/modules").iterdir())
+    source = modules_directory(tree)
     target = stage / "usr/lib/modules" / source.name
     for name in _selected_modules(source):
         path = target / _SUFFIX.sub(".ko", name)
@@ -109,39 +112,32 @@ def _copy(tree: Path, stage: Path, files: Iterable[Path]) -> None:
         shutil.copy(file, target)  # follows links: the loader finds each library under the name it asks for
 
 
-def _guest_paths(tree: Path, program: Program) -> list[Path]:
-    """Where the guest has the real tools."""
-    return [Path("/") / Path(program(tool)[-1]).relative_to(tree) for tool in _TOOLS]
-
-
-def write_initramfs(out: BinaryIO, tree: Path, own_files: Path, program: Program) -> None:
+def write_initramfs(out: IO[bytes], arch: Arch, tree: Path, host: Path, own_files: Path) -> None:
     """Write an uncompressed initramfs made from the unpacked packages in `tree` and our files in `own_files`.
 
-    `program` gives the command that runs a program of the tree on this host. The archive is not compressed:
-    copying is cheaper under emulation than unpacking.
+    None of the programs in `tree` is run: they may be another processor's. `host` is the tree of this host's
+    own. The archive is not compressed: copying is cheaper under emulation than unpacking.
     """
     with tempfile.TemporaryDirectory(prefix="trionic-initramfs-") as directory:
         stage = Path(directory)
-        _stage_modules(tree, stage, program("depmod"))
-        busybox = tree / "usr/bin/busybox"
-        files = {busybox, tree / "usr/lib64/ld-linux-x86-64.so.2"}
-        files |= {tree / "usr/lib/x86_64-linux-gnu" / name for name in _EXTRA_LIBRARIES}
+        _stage_modules(tree, stage, program_command(host, "depmod"))
+        tools = [find_program(tree, name) for name in _TOOLS]
+        extra = [tree / "usr/lib" / arch.triplet / name for name in _EXTRA_LIBRARIES]
+        files = {find_program(tree, "busybox"), tree / arch.loader, *tools, *extra}
+        files |= library_closure(tree, arch, [*tools, *extra])
         files |= {tree / name for name in _OTHER_FILES if (tree / name).exists()}
-        for tool in _TOOLS:
-            command = program(tool)
-            files.add(Path(command[-1]))
-            files |= _libraries(tree, command)
         _copy(tree, stage, files)
         binaries = stage / "usr/bin"
         sbin = stage / "usr/sbin"
         sbin.mkdir(parents=True, exist_ok=True)
-        for applet in run([busybox, "--list"]).split():
+        # Debian builds the same applets for every architecture.
+        for applet in run([find_program(host, "busybox"), "--list"]).split():
             if not (binaries / applet).exists() and not (sbin / applet).exists():
                 (binaries / applet).symlink_to("busybox")
         (binaries / "sh").unlink(missing_ok=True)
         (binaries / "sh").symlink_to("dash")
         # The interactive shell is busybox's, for its line editing; it too shall run the real tools.
-        aliases = [f"alias {path.name}={path}\n" for path in sorted(_guest_paths(tree, program))]
+        aliases = [f"alias {path.name}=/{path.relative_to(tree)}\n" for path in sorted(tools)]
         (stage / "etc").mkdir(exist_ok=True)
         (stage / "etc/shellrc").write_text("".join(aliases), encoding="utf-8")
         kmod = next(path for path in (binaries / "kmod", sbin / "kmod") if path.exists())

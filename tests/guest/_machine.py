@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import socket
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import trio
 
 from tests.guest._accel import choose_accelerator
+from tests.guest._arch import HOST
+from tests.guest._arguments import Card, card_arguments, machine_arguments, serial_arguments, tap_arguments
 from tests.guest._channel import Channel, ScriptOutput, Transcript
+from tests.guest._cpio import CpioWriter
 from tests.guest._errors import GuestError
 from tests.guest._network import Network
 from tests.guest._qmp import Event, Qmp, QmpError
@@ -25,21 +28,6 @@ from tests.guest._root import Root, guest_root
 Streams = dict[Transcript, trio.SocketStream]
 
 _PANIC = "Kernel panic - not syncing"
-# Emulated timers run late on a busy host, which the kernel must not take for broken wiring.
-KERNEL_ARGS = "console=ttyS0,115200 panic=-1 no_timer_check"
-
-
-@dataclass(frozen=True)
-class Card:
-    """A vfio-user device to plug into a guest."""
-
-    socket: Path | str
-    id: str | None = None
-    """QEMU's name for it, for ``device_del``; by default ``card0``, ``card1`` and so on."""
-    root_port: bool = False
-    """Whether it sits behind a PCIe root port of its own, so that a running guest can lose it."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """More properties of QEMU's device, such as ``{"x-no-posted-writes": True}``."""
 
 
 @dataclass(frozen=True)
@@ -55,52 +43,6 @@ class GuestResult:
     boots: int
     seconds: float
     """From the start of QEMU to its end."""
-
-
-def card_arguments(sockets: Sequence[Path | str | Card]) -> list[str]:
-    """QEMU's arguments that plug these cards in."""
-    arguments = []
-    for number, given in enumerate(sockets):
-        card = given if isinstance(given, Card) else Card(given)
-        name = card.id or f"card{number}"
-        device: dict[str, Any] = {
-            "driver": "vfio-user-pci",
-            "id": name,
-            "socket": {"type": "unix", "path": os.fspath(card.socket)},
-            **card.options,
-        }
-        if card.root_port:
-            port = {"driver": "pcie-root-port", "id": f"{name}-port", "chassis": 16 + number, "slot": number}
-            arguments += ["-device", json.dumps(port)]
-            device["bus"] = port["id"]
-        arguments += ["-device", json.dumps(device)]
-    return arguments
-
-
-def tap_arguments(taps: Sequence[str]) -> list[str]:
-    """QEMU's arguments for its own virtio network cards on these TAP devices: what to compare with."""
-    arguments = []
-    for number, tap in enumerate(taps):
-        arguments += ["-netdev", f"tap,id=tap{number},ifname={tap},script=no,downscript=no,vhost=off"]
-        nic = {"driver": "virtio-net-pci", "id": f"nic{number}", "netdev": f"tap{number}", "romfile": ""}
-        arguments += ["-device", json.dumps(nic)]
-    return arguments
-
-
-def machine_arguments(
-    root: Root, *, accel: str, smp: int, memory: str, kernel_args: str, shared: bool = True
-) -> list[str]:
-    """QEMU's arguments for the machine that every guest is, without its serial ports and cards."""
-    backend = f"memory-backend-memfd,id=ram,size={memory},share=on"
-    if not shared:
-        backend = f"memory-backend-ram,id=ram,size={memory}"
-    return [
-        *("-no-user-config", "-nodefaults", "-display", "none", "-nic", "none"),
-        *("-M", f"q35,accel={accel},memory-backend=ram", "-cpu", "max", "-smp", str(smp), "-m", memory),
-        *("-object", backend),
-        *("-kernel", str(root.kernel), "-initrd", str(root.initramfs)),
-        *("-append", f"{KERNEL_ARGS} {kernel_args}".strip()),
-    ]
 
 
 class Guest:
@@ -310,6 +252,8 @@ def _lone_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 async def accelerator(root: Root) -> str:
     """What accelerates guests here; the first call on a host with /dev/kvm boots one to find out."""
+    if root.arch is not HOST:
+        return "tcg"
 
     async def try_kvm() -> object:
         async with boot("exit 0", root=root, accel="kvm", deadline=8) as guest:
@@ -357,22 +301,23 @@ async def boot(
     with ExitStack() as stack:
         near, far = _socket_pairs(stack, 5)
         monitor, channel, console, output, stderr = near
-        script_file = stack.enter_context(
-            tempfile.NamedTemporaryFile("w", prefix="trionic-script-", encoding="utf-8")
-        )
-        script_file.write(script if script.endswith("\n") else f"{script}\n")
-        script_file.flush()
+        initrd = stack.enter_context(tempfile.NamedTemporaryFile(prefix="trionic-initramfs-"))
+        _write_initrd(initrd, root, script, files or {})
         command = [
             # A killed test run takes its guests with it.
             *("setpriv", "--pdeathsig", "KILL", "--"),
             *(network.prefix if network else []),
             *root.qemu(),
             *machine_arguments(
-                root, accel=accel, smp=smp, memory=memory, kernel_args=kernel_args, shared=shared
+                root,
+                accel=accel,
+                smp=smp,
+                memory=memory,
+                kernel_args=kernel_args,
+                shared=shared,
+                initrd=Path(initrd.name),
             ),
-            *_serial_arguments([end.fileno() for end in far[:4]]),
-            *_firmware_arguments({"script": Path(script_file.name)}),
-            *_firmware_arguments({f"files/{name}": path for name, path in (files or {}).items()}),
+            *serial_arguments([end.fileno() for end in far[:4]]),
             *tap_arguments(taps),
             *card_arguments(sockets),
             *qemu_args,
@@ -395,6 +340,20 @@ async def boot(
             yield guest
 
 
+def _write_initrd(out: IO[bytes], root: Root, script: str, files: Mapping[str, Path]) -> None:
+    """Write what the guest starts from: its userland, and behind it what the host gives it."""
+    with root.initramfs.open("rb") as userland:
+        shutil.copyfileobj(userland, out)
+    archive = CpioWriter(out)
+    for directory in ("given", "given/files"):
+        archive.directory(directory)
+    archive.file("given/script", script.encode() + b"\n")
+    for name, path in files.items():
+        archive.file(f"given/files/{name}", path.read_bytes())
+    archive.close()
+    out.flush()
+
+
 def _socket_pairs(stack: ExitStack, count: int) -> tuple[list[trio.SocketStream], list[socket.socket]]:
     """Connected sockets, our ends for trio and the others for QEMU; `stack` closes both."""
     near, far = [], []
@@ -411,22 +370,6 @@ def _socket_pairs(stack: ExitStack, count: int) -> tuple[list[trio.SocketStream]
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
-
-
-def _firmware_arguments(files: Mapping[str, Path]) -> list[str]:
-    """QEMU's arguments that hand files to the guest through the firmware's configuration device."""
-    entries = [f"name=opt/trionic/{name},file={str(path).replace(',', ',,')}" for name, path in files.items()]
-    return [part for entry in entries for part in ("-fw_cfg", entry)]
-
-
-def _serial_arguments(fds: Sequence[int]) -> list[str]:
-    """QEMU's arguments that put its monitor and the guest's serial ports on inherited sockets."""
-    monitor, channel, console, output = (f"chr{number}" for number in range(4))
-    return [
-        *(part for n, fd in enumerate(fds) for part in ("-chardev", f"socket,id=chr{n},fd={fd}")),
-        *("-object", f"monitor-qmp,id=qmp,chardev={monitor}"),
-        *(part for chardev in (console, channel, output) for part in ("-serial", f"chardev:{chardev}")),
-    ]
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
+from tests.guest._arch import HOST
 from tests.guest._errors import RigError
 from tests.peers.cache import PeerError
 from tests.peers.debian import mirror, run
@@ -31,7 +32,7 @@ class PackageTree:
     as proxies, apply; its sources, lists and installed packages are neither read nor changed.
     """
 
-    def __init__(self, home: Path, suites: list[str], architecture: str = "amd64") -> None:
+    def __init__(self, home: Path, suites: list[str], architecture: str) -> None:
         for tool in ("apt-get", "dpkg-deb"):
             if shutil.which(tool) is None:
                 raise RigError(f"{tool} is missing: the guest rig is assembled from Debian packages")
@@ -108,3 +109,19 @@ class PackageTree:
         for package in packages:
             run(["dpkg-deb", "-x", package, root])
         return [package.stem for package in packages]
+
+
+def find_program(tree: Path, name: str) -> Path:
+    """Where a tree of unpacked packages has a program."""
+    for directory in ("usr/bin", "usr/sbin"):
+        path = tree / directory / name
+        if path.exists():
+            return path
+    raise RigError(f"the guest rig has no program {name!r}")
+
+
+def program_command(tree: Path, name: str) -> list[str]:
+    """The beginning of a command line that runs a program of a tree of this host's architecture."""
+    libraries = str(tree / "usr/lib" / HOST.triplet)
+    path = str(find_program(tree, name))
+    return [str(tree / HOST.loader), "--library-path", libraries, "--argv0", name, path]

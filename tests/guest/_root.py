@@ -15,16 +15,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.guest._arch import ARCHES, HOST, Arch
 from tests.guest._errors import RigError
-from tests.guest._initramfs import write_initramfs
+from tests.guest._initramfs import modules_directory, write_initramfs
 from tests.guest._kernel import extract_vmlinux
-from tests.guest._packages import PackageTree
+from tests.guest._packages import PackageTree, program_command
 from tests.peers.cache import PeerError, cache_root, cached
 from tests.peers.debian import run
 
 _SUITE = "trixie"
 _QEMU_SUITE = f"{_SUITE}-backports"
-_QEMU_PACKAGES = ["qemu-system-x86"]
+_QEMU_PACKAGES = [arch.qemu_package for arch in ARCHES]
 _TOOL_PACKAGES = [
     "busybox-static",
     "dash",  # busybox's own shell would run its applets in place of the real tools
@@ -38,39 +39,45 @@ _TOOL_PACKAGES = [
     "tcpdump",
     "zstd",
 ]
-_KERNEL_META, _KERNEL_PACKAGE = "linux-image-amd64", r"linux-image-6\.12\.[0-9.]+\+deb13-amd64"
-_UNWANTED = ["usr/share/doc", "usr/share/man", "usr/share/locale", "usr/bin/qemu-system-i386"]
+_KERNEL_PACKAGE = r"linux-image-6\.12\.[0-9.]+\+deb13-"  # and the flavour
+_UNWANTED = [
+    "usr/bin/qemu-system-i386",
+    "usr/bin/qemu-system-ppc",
+    "usr/share/doc",
+    "usr/share/locale",
+    "usr/share/man",
+]
 _KEPT_UNUSED = 7 * 24 * 3600.0
-_LAYOUT = 1  # raise when the same packages shall be arranged in another way
-_LIBRARIES = "usr/lib/x86_64-linux-gnu"
+_KERNEL = "boot/vmlinux"
+_LAYOUT = 2  # raise when the same packages shall be arranged in another way
 _HERE = Path(__file__).parent
 _IMAGE_FILES = _HERE / "image"
-_IMAGE_MAKERS = [_HERE / name for name in ("_cpio.py", "_initramfs.py")]
+_IMAGE_MAKERS = [_HERE / name for name in ("_arch.py", "_cpio.py", "_elf.py", "_initramfs.py")]
 
 
 @dataclass(frozen=True)
 class Root:
-    """A tree of unpacked packages, and the kernel and initramfs made from it."""
+    """Trees of unpacked packages, and the kernel and initramfs made from them."""
 
+    arch: Arch
+    """The guest's architecture."""
+    host: Path
+    """The tree of this host's own architecture: QEMU, and the tools that tests run beside it."""
     tree: Path
+    """The tree of the guest's architecture."""
     image: Path
     versions: dict[str, str]
-    """The version of every package in the tree."""
+    """The version of every package in `host`."""
 
     @property
     def kernel(self) -> Path:
         """The stock kernel, decompressed, so that no guest has to do that under emulation."""
-        return self.tree / "boot/vmlinux"
-
-    @property
-    def kernel_compressed(self) -> Path:
-        """The stock kernel as Debian ships it, for guests that start it through firmware or a boot loader."""
-        return next((self.tree / "boot").glob("vmlinuz-*"))
+        return self.tree / _KERNEL
 
     @property
     def kernel_release(self) -> str:
         """What ``uname -r`` says in the guest."""
-        return self.kernel_compressed.name.removeprefix("vmlinuz-")
+        return modules_directory(self.tree).name
 
     @property
     def initramfs(self) -> Path:
@@ -80,30 +87,21 @@ class Root:
     @property
     def qemu_version(self) -> str:
         """QEMU's version as its package has it."""
-        return self.versions["qemu-system-x86"]
+        return self.versions[self.arch.qemu_package]
 
     def program(self, name: str) -> list[str]:
-        """The beginning of a command line that runs a program of the tree, with the tree's libraries."""
-        return _program(self.tree, name)
+        """The beginning of a command line that runs a program of `host`, with the libraries there."""
+        return program_command(self.host, name)
 
     def qemu(self) -> list[str]:
         """The beginning of QEMU's command line; it wants `environment` too."""
-        data = [self.tree / "usr/share" / name for name in ("qemu", "seabios")]
-        return [*self.program("qemu-system-x86_64"), *(part for path in data for part in ("-L", str(path)))]
+        data = [self.host / "usr/share" / name for name in ("qemu", "seabios")]
+        return [*self.program(self.arch.qemu), *(part for path in data for part in ("-L", str(path)))]
 
     @property
     def environment(self) -> dict[str, str]:
         """What QEMU needs in its environment beside the host's own."""
-        return {"QEMU_MODULE_DIR": str(self.tree / _LIBRARIES / "qemu")}
-
-
-def _program(tree: Path, name: str) -> list[str]:
-    loader = tree / "usr/lib64/ld-linux-x86-64.so.2"
-    for directory in ("usr/bin", "usr/sbin"):
-        path = tree / directory / name
-        if path.exists():
-            return [str(loader), "--library-path", str(tree / _LIBRARIES), "--argv0", name, str(path)]
-    raise RigError(f"the guest rig has no program {name!r}")
+        return {"QEMU_MODULE_DIR": str(self.host / "usr/lib" / HOST.triplet / "qemu")}
 
 
 def _say(line: str) -> None:
@@ -123,15 +121,17 @@ def _sweep(name: str, work: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _make_tree(work: Path) -> None:
+def _make_tree(work: Path, arch: Arch, host: Path | None) -> None:
+    """Fill ``work/tree`` with the packages of a guest, and with QEMU too where no `host` has it already."""
     _sweep("guest-root", work)
     started = time.monotonic()
-    _say("fetching Debian's package lists")
+    _say(f"fetching Debian's package lists for {arch.debian}")
     apt = work / "apt"
-    packages = PackageTree(apt, [_SUITE, _QEMU_SUITE])
-    kernel = packages.dependency(_KERNEL_META, _KERNEL_PACKAGE)
-    _say(f"downloading QEMU, {kernel} and the tools (some 150 MB)")
-    packages.download(*_QEMU_PACKAGES, release=_QEMU_SUITE)
+    packages = PackageTree(apt, [_SUITE] if host else [_SUITE, _QEMU_SUITE], arch.debian)
+    kernel = packages.dependency(f"linux-image-{arch.kernel}", _KERNEL_PACKAGE + arch.kernel)
+    _say(f"downloading {kernel} and the tools{'' if host else ', and QEMU'} (some 150 MB)")
+    if host is None:
+        packages.download(*_QEMU_PACKAGES, release=_QEMU_SUITE)
     packages.download(*_TOOL_PACKAGES, release=_SUITE)
     packages.download_alone(kernel)
     _say("unpacking")
@@ -144,14 +144,29 @@ def _make_tree(work: Path) -> None:
     for unwanted in _UNWANTED:
         path = tree / unwanted
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    offered = run([*_program(tree, "qemu-system-x86_64"), "-device", "vfio-user-pci,help"])
-    if "socket=" not in offered:
-        raise RigError(f"QEMU {versions['qemu-system-x86']} has no vfio-user-pci device")
+    if host is None:
+        _check_qemu(tree)
     release = kernel.removeprefix("linux-image-")
-    extract_vmlinux(tree / f"boot/vmlinuz-{release}", tree / "boot/vmlinux", _program(tree, "zstd"))
-    run([*_program(tree, "depmod"), "-b", tree, release])
+    _unpack_kernel(tree, release, host or tree)
+    run([*program_command(host or tree, "depmod"), "-b", tree, release])
     (work / "versions.json").write_text(json.dumps(versions, indent=1), encoding="utf-8")
-    _say(f"QEMU {versions['qemu-system-x86']} is ready after {time.monotonic() - started:.1f} s")
+    _say(f"{kernel} is ready after {time.monotonic() - started:.1f} s")
+
+
+def _check_qemu(tree: Path) -> None:
+    """Raise `RigError` if a QEMU of the tree cannot have our cards."""
+    for arch in ARCHES:
+        offered = run([*program_command(tree, arch.qemu), "-device", "vfio-user-pci,help"])
+        if "socket=" not in offered:
+            raise RigError(f"{arch.qemu} of {_QEMU_SUITE} has no vfio-user-pci device")
+
+
+def _unpack_kernel(tree: Path, release: str, host: Path) -> None:
+    compressed = tree / f"boot/vmlinuz-{release}"
+    if compressed.exists():
+        extract_vmlinux(compressed, tree / _KERNEL, program_command(host, "zstd"))
+    else:
+        (tree / f"boot/vmlinux-{release}").rename(tree / _KERNEL)
 
 
 def _digest(paths: list[Path]) -> str:
@@ -163,7 +178,30 @@ def _digest(paths: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def guest_root() -> Root:
+def _cached_tree(arch: Arch, host: Path | None) -> Path:
+    """The directory with the tree of an architecture; `host` is that of this host's, None to make it."""
+    packages = [*_TOOL_PACKAGES, _KERNEL_PACKAGE + arch.kernel]
+    if host is None:
+        packages += [_QEMU_SUITE, *_QEMU_PACKAGES]
+    recipe = [_SUITE, arch.debian, *packages, *_UNWANTED, str(_LAYOUT)]
+    return cached("guest-root", "\n".join(recipe), lambda work: _make_tree(work, arch, host))
+
+
+def _cached_image(arch: Arch, made: Path, host: Path) -> Path:
+    """The directory with the initramfs made from the cached tree `made`."""
+
+    def make(work: Path) -> None:
+        _sweep("guest-image", work)
+        _say(f"making the initramfs of {arch.debian} guests")
+        with (work / "initramfs.cpio").open("wb") as out:
+            write_initramfs(out, arch, made / "tree", host, _IMAGE_FILES)
+        size = (work / "initramfs.cpio").stat().st_size
+        _say(f"the initramfs is ready: {size / 1e6:.0f} MB")
+
+    return cached("guest-image", f"{made.name}\n{_digest([_IMAGE_FILES, *_IMAGE_MAKERS])}", make)
+
+
+def guest_root(arch: Arch = HOST) -> Root:
     """Everything that a guest needs, made on first use (see `Root`) and found in the cache afterwards.
 
     Two processes may ask at once: one makes it, the other waits. Raises `RigError` with a remedy when the
@@ -171,34 +209,17 @@ def guest_root() -> Root:
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise RigError(f"the guest rig runs on Linux x86-64 only, not {sys.platform} {platform.machine()}")
-    recipe = [
-        _SUITE,
-        _QEMU_SUITE,
-        *_QEMU_PACKAGES,
-        *_TOOL_PACKAGES,
-        _KERNEL_PACKAGE,
-        *_UNWANTED,
-        str(_LAYOUT),
-    ]
     try:
-        made = cached("guest-root", "\n".join(recipe), _make_tree)
-        tree = made / "tree"
-
-        def make_image(work: Path) -> None:
-            _sweep("guest-image", work)
-            _say("making the guest's initramfs")
-            with (work / "initramfs.cpio").open("wb") as out:
-                write_initramfs(out, tree, _IMAGE_FILES, lambda name: _program(tree, name))
-            size = (work / "initramfs.cpio").stat().st_size
-            _say(f"the initramfs is ready: {size / 1e6:.0f} MB")
-
-        image = cached("guest-image", f"{made.name}\n{_digest([_IMAGE_FILES, *_IMAGE_MAKERS])}", make_image)
+        own = _cached_tree(HOST, None)
+        host = own / "tree"
+        made = own if arch is HOST else _cached_tree(arch, host)
+        image = _cached_image(arch, made, host)
     except RigError:
         raise
     except PeerError as failed:
         raise RigError(str(failed)) from failed
-    for used in (made, image):
+    for used in {own, made, image}:
         with suppress(PermissionError):  # somebody else's cache: theirs to keep alive
             os.utime(used)
-    versions = json.loads((made / "versions.json").read_text(encoding="utf-8"))
-    return Root(tree=tree, image=image, versions=versions)
+    versions = json.loads((own / "versions.json").read_text(encoding="utf-8"))
+    return Root(arch=arch, host=host, tree=made / "tree", image=image, versions=versions)
