@@ -11,6 +11,11 @@ from typing import Final
 _KIND: Final = "anon_inode:[eventfd]"
 
 
+def make_eventfd() -> int:
+    """A new one that counts nothing yet; to be closed by the caller."""
+    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+
 def is_eventfd(fd: int) -> bool:
     """Whether a descriptor that came from a server is one: writing to anything else could block, or worse."""
     try:

@@ -16,7 +16,7 @@ from typing import Final
 
 import trio
 
-from client._eventfd import signal, take
+from client._eventfd import make_eventfd, signal, take
 from client.errors import ClientError
 from client.session import Session
 from protocol.limits import DISABLE_TIMEOUT
@@ -33,7 +33,7 @@ class Interrupt:
         self.session = session
         self.index = index
         self.vector = vector
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.fd = make_eventfd()
 
     def poll(self) -> int:
         """How often it fired since the last `poll` or `wait`; 0 if not. Never blocks."""
@@ -62,7 +62,7 @@ class Interrupt:
         await self._act(IrqSetFlags.ACTION_TRIGGER)
 
     async def _act(self, action: IrqSetFlags) -> None:
-        await self.session.set_irqs(self.index, IrqSetFlags.DATA_NONE | action, self.vector, 1)
+        await act(self.session, self.index, self.vector, action)
 
     def close(self) -> None:
         """Close the eventfd; whoever waits gets trio.ClosedResourceError."""
@@ -81,10 +81,9 @@ class IntxLine(Interrupt):
         """Give the server an eventfd to listen on, as KVM's resamplefd does; `unmask_now` then costs no
         message.
         """
-        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        fd = make_eventfd()
         try:
-            flags = IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_UNMASK
-            await self.session.set_irqs(IrqIndex.INTX, flags, 0, 1, fds=(fd,))
+            await wire_unmask(self.session, fd)
         except BaseException:
             os.close(fd)
             raise
@@ -108,32 +107,56 @@ class IntxLine(Interrupt):
             self._unmask_fd = -1
 
 
+async def act(session: Session, index: IrqIndex, vector: int, action: IrqSetFlags) -> None:
+    """Mask, unmask or trigger one vector."""
+    await session.set_irqs(index, IrqSetFlags.DATA_NONE | action, vector, 1)
+
+
+async def wire_unmask(session: Session, fd: int) -> None:
+    """Let the server unmask INTx whenever this eventfd is signalled."""
+    flags = IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_UNMASK
+    await session.set_irqs(IrqIndex.INTX, flags, 0, 1, fds=(fd,))
+
+
+async def unwire(session: Session, index: IrqIndex) -> None:
+    """Let the server forget all eventfds of a kind."""
+    await session.set_irqs(index, _DISABLE)
+
+
+def require(session: Session, index: IrqIndex, vectors: int) -> None:
+    """Raises ClientError if the device has not so many vectors of a kind, or the server takes no eventfds for
+    them.
+    """
+    available = session.irqs[index].count if index < len(session.irqs) else 0
+    if vectors > available:
+        raise ClientError(f"{vectors} vectors of {index.name}: the device has {available}")
+    if vectors and not session.connection.peer.max_msg_fds:
+        raise ClientError("the server takes no descriptors, so no interrupts can be wired")
+
+
 async def wire(session: Session, index: IrqIndex, start: int, fds: Sequence[int]) -> None:
     """Give the server the eventfds of vectors from `start` on, as many in a message as it takes.
 
-    A kind that does not grow (NORESIZE) is claimed whole before it is wired piece by piece.
+    A kind that does not grow (NORESIZE) is claimed whole before it is wired piece by piece. `require` tells
+    beforehand whether it is possible at all.
     """
     step = session.connection.peer.max_msg_fds
-    if fds and not step:
-        raise ClientError("the server takes no descriptors, so no interrupts can be wired")
     if len(fds) > step and IrqInfoFlags.NORESIZE in session.irqs[index].flags:
         await session.set_irqs(index, _WIRE, start, len(fds))
-    for at in range(0, len(fds), step or 1):
+    for at in range(0, len(fds), step):
         part = fds[at : at + step]
         await session.set_irqs(index, _WIRE, start + at, len(part), fds=part)
 
 
 @asynccontextmanager
 async def _wired(session: Session, index: IrqIndex, vectors: Sequence[Interrupt]) -> AsyncIterator[None]:
-    available = session.irqs[index].count if index < len(session.irqs) else 0
-    if len(vectors) > available:
-        raise ClientError(f"{len(vectors)} vectors of {index.name}: the device has {available}")
+    require(session, index, len(vectors))
     try:
         await wire(session, index, 0, [vector.fd for vector in vectors])
         yield
     finally:
         with trio.move_on_after(DISABLE_TIMEOUT, shield=True), suppress(ClientError):
-            await session.set_irqs(index, _DISABLE)
+            await unwire(session, index)
 
 
 @asynccontextmanager

@@ -1,7 +1,7 @@
 """Who wants to know of accesses to a device's BARs, and whether those may go past the server.
 
-A host that was told of a level-triggered interrupt by a plain eventfd does not see when its driver is done with
-the device. It takes the BARs' mappings away, so that each access is a message it knows of.
+A host that was told of a level-triggered interrupt by a plain eventfd does not see when its driver is done
+with the device. It takes the BARs' mappings away, so that each access is a message it knows of.
 """
 
 from __future__ import annotations
@@ -32,6 +32,6 @@ class Trapping:
             self._subscribers.remove(subscriber)
 
     def accessed(self) -> None:
-        """The device was accessed: a read is answered, a write is answered or, if it is posted, on its way."""
+        """A BAR was accessed: a read is answered, a write as well or, if it is posted, on its way."""
         for subscriber in tuple(self._subscribers):
             subscriber()

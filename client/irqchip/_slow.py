@@ -1,0 +1,130 @@
+"""The slow path of INTx: we hear of the interrupt, drive the line by its level, and see the driver's next
+access to a BAR as the end of it (hw/vfio/pci.c: vfio_intx_interrupt, vfio_intx_eoi, vfio_intx_mmap_enable).
+
+BARs are not mapped while an interrupt is pending and for a while afterwards, lest that access go unseen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from client._eventfd import take
+from client.trapping import Trapping
+from protocol.limits import INTX_MAPPINGS_OFF
+
+
+@dataclass(slots=True)
+class IntxCounters:
+    """What became of a line.
+
+    `changes`: of irqchip or route that it followed; `fallbacks`: changes, and times it was enabled or
+    reconnected, after which the slow path was all it had although the fast one was wanted; `triggers`:
+    interrupts heard on the slow path; `ends`: UNMASK messages for the end of one.
+    """
+
+    changes: int = 0
+    fallbacks: int = 0
+    triggers: int = 0
+    ends: int = 0
+
+
+class SlowPath:
+    """Drives the line by `drive`. At each end of interrupt `unmask` is run as a task of `nursery`; it is to
+    send UNMASK if `owed` still says so.
+    """
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        counters: IntxCounters,
+        drive: Callable[[bool], None],
+        unmask: Callable[[], Awaitable[None]],
+    ) -> None:
+        self.pending = False
+        self.owed = False
+        self._nursery: Final = nursery
+        self._counters: Final = counters
+        self._drive: Final = drive
+        self._unmask: Final = unmask
+        self._edges = False
+        self._again = False
+        self._listening = trio.CancelScope()
+        self._trapping = Trapping()
+        self._subscription = ExitStack()
+        self._quiet_from = 0.0
+        self._resting = trio.CancelScope()
+
+    def watch(self, trapping: Trapping) -> None:
+        """Take accesses to these BARs for the end of interrupt, and no others any more."""
+        self.unwatch()
+        self._trapping = trapping
+        self._subscription.enter_context(trapping.subscribed(self._accessed))
+
+    def unwatch(self) -> None:
+        """Take no access for that; mappings are used again."""
+        self._resting.cancel()
+        self._trapping.mapped = True
+        self._subscription.close()
+
+    def listen(self, fd: int, *, edges: bool) -> None:
+        """Hear of interrupts by this eventfd, from those on that it has counted. With `edges` the device does
+        not mask itself, and may say something while an interrupt is pending.
+        """
+        self._edges = edges
+        self._listening = trio.CancelScope()
+        self._nursery.start_soon(self._hear, fd, self._listening)
+
+    def deafen(self) -> None:
+        """Hear nothing; the eventfd is not touched any more when this returns."""
+        self._listening.cancel()
+
+    def clear(self) -> bool:
+        """Forget the interrupt that is pending, and the UNMASK that is owed; whether one was pending."""
+        pending, self.pending = self.pending, False
+        self._again = self.owed = False
+        self._drive(False)
+        return pending
+
+    async def _hear(self, fd: int, listening: trio.CancelScope) -> None:
+        with listening:
+            while not listening.cancel_called:
+                await trio.lowlevel.wait_readable(fd)
+                if not listening.cancel_called and take(fd):
+                    self._interrupted()
+
+    def _interrupted(self) -> None:
+        self._counters.triggers += 1
+        self._again = self.pending and self._edges
+        self.pending = True
+        self._drive(True)
+        self._quiet_from = trio.current_time() + INTX_MAPPINGS_OFF
+        if self._trapping.mapped:
+            self._trapping.mapped = False
+            self._resting = trio.CancelScope()
+            self._nursery.start_soon(self._map_again, self._trapping, self._resting)
+
+    async def _map_again(self, trapping: Trapping, resting: trio.CancelScope) -> None:
+        with resting:
+            while True:
+                await trio.sleep_until(self._quiet_from)
+                if self.pending:
+                    self._quiet_from = trio.current_time() + INTX_MAPPINGS_OFF
+                elif trio.current_time() >= self._quiet_from:
+                    trapping.mapped = True
+                    return
+
+    def _accessed(self) -> None:
+        if not self.pending:
+            return
+        self._drive(False)
+        # Of an edge that came meanwhile nobody knows whether the access was late enough to see its reason.
+        self.pending, self._again = self._again, False
+        if self.pending:
+            self._drive(True)
+        self.owed = True
+        self._nursery.start_soon(self._unmask)
