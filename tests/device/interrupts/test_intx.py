@@ -175,6 +175,16 @@ def test_the_same_trigger_eventfd_wired_again_is_not_told_twice(rig: Rig) -> Non
     assert rig.ear.heard() == 1
 
 
+def test_a_line_that_went_low_is_open_after_another_wiring_whatever_is_unread(rig: Rig) -> None:
+    rig.interrupts.intx(True)
+    rig.interrupts.intx(False)
+    rig.interrupts.set_trigger(INTX, 0, [rig.ear.fd])
+    assert not rig.interrupts.lines.intx_masked
+    assert rig.ear.heard() == 1
+    rig.interrupts.intx(True)
+    assert rig.ear.heard() == 1, "whoever emptied the eventfd unseen is told all the same"
+
+
 def test_the_old_trigger_eventfd_is_left_alone_by_an_unmasking_before_the_new_one(rig: Rig) -> None:
     with listeners(1) as (other,):
         rig.interrupts.set_unmask_fd(INTX, rig.resample.fd)
