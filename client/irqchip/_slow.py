@@ -24,12 +24,14 @@ class IntxCounters:
 
     `changes`: of irqchip or route that it followed; `fallbacks`: changes, and times it was enabled or
     reconnected, after which the slow path was all it had although the fast one was wanted; `triggers`:
-    interrupts heard on the slow path; `ends`: UNMASK messages for the end of one.
+    interrupts heard on the slow path; `drained`: interrupts heard by nobody, because UNMASK says them again
+    or the line was given up; `ends`: UNMASK messages for the end of one.
     """
 
     changes: int = 0
     fallbacks: int = 0
     triggers: int = 0
+    drained: int = 0
     ends: int = 0
 
 
@@ -94,11 +96,11 @@ class SlowPath:
         with listening:
             while not listening.cancel_called:
                 await trio.lowlevel.wait_readable(fd)
-                if not listening.cancel_called and take(fd):
-                    self._interrupted()
+                if not listening.cancel_called and (count := take(fd)):
+                    self._interrupted(count)
 
-    def _interrupted(self) -> None:
-        self._counters.triggers += 1
+    def _interrupted(self, count: int) -> None:
+        self._counters.triggers += count
         self._again = self.pending and self._edges
         self.pending = True
         self._drive(True)

@@ -271,6 +271,7 @@ class Intx:
             self._slow.deafen()
             self._slow.clear()
             self._slow.unwatch()
+            self.counters.drained += take(self.trigger_fd)
             os.close(self.trigger_fd)
             self.trigger_fd = -1
             self.enabled = False
@@ -296,7 +297,7 @@ class Intx:
         gets back what was `taken` and may not have reached a CPU.
         """
         if self._masks_itself:
-            take(self.trigger_fd)
+            self.counters.drained += take(self.trigger_fd)
         elif taken:
             signal(self.trigger_fd)
 
