@@ -1,0 +1,117 @@
+"""A CPU for the irqchips that are modelled here: it runs the handlers of a driver that is in this process."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Final, NoReturn
+
+import trio
+
+from client._nursery import background
+from client.irqchip.controller import InterruptController
+from client.irqchip.userspace.chip import Delivery, UserspaceChip
+
+Handler = Callable[[], Awaitable[bool]]
+"""Handles an interrupt of a device; whether it was that device's (Linux's IRQ_HANDLED)."""
+
+
+@dataclass(slots=True)
+class HandlingCounters:
+    """What became of the interrupts of one input."""
+
+    handled: int = 0
+    """A handler said it was its device's."""
+    spurious: int = 0
+    """No handler did, or there was none."""
+
+
+class Processor:
+    """Takes the interrupts of the active irqchip, the highest priority first, and runs one handler at a time.
+
+    An interrupt is ended at the irqchip that it came from, whatever its handlers did. While the active
+    irqchip is not a `UserspaceChip` it has a CPU elsewhere, and this one rests.
+    """
+
+    def __init__(self, controller: InterruptController) -> None:
+        self.controller: Final = controller
+        self.counters: Final[defaultdict[int, HandlingCounters]] = defaultdict(HandlingCounters)
+        """Of each input that interrupted."""
+        self.handled = 0
+        """Interrupts that a handler knew."""
+        self.spurious = 0
+        """Interrupts that were nobody's, and those that the irqchip had taken back when it was asked."""
+        self._handlers: dict[int, list[Handler]] = {}
+        self._rest = trio.CancelScope()
+
+    @contextmanager
+    def handling(self, gsi: int, handler: Handler) -> Iterator[None]:
+        """Call `handler` for interrupts of input `gsi`, of whichever irqchip is active, until the block ends.
+        Those that share the input are all called, in the order in which they came.
+        """
+        self._handlers.setdefault(gsi, []).append(handler)
+        try:
+            yield
+        finally:
+            self._handlers[gsi].remove(handler)
+
+    async def run(self) -> NoReturn:
+        """Work; what a handler raises ends this, after the interrupt was ended."""
+        with self.controller.irqchip_change.subscribed(self._irqchip_changed):
+            while True:
+                with trio.CancelScope() as self._rest:
+                    await self._interrupted(self.controller.chip)
+                await self._interrupt(self.controller.chip)
+
+    async def _irqchip_changed(self) -> None:
+        self._rest.cancel()
+
+    @staticmethod
+    async def _interrupted(chip: object) -> None:
+        if isinstance(chip, UserspaceChip):
+            await chip.wait()
+        else:
+            await trio.sleep_forever()
+
+    async def _interrupt(self, chip: object) -> None:
+        if not isinstance(chip, UserspaceChip) or not chip.asks:
+            return
+        delivery = chip.acknowledge()
+        if delivery is None:
+            self.spurious += 1
+            return
+        try:
+            known = await self._handle(delivery)
+        finally:
+            chip.end(delivery)
+        counters = self.counters[delivery.gsi]
+        if known:
+            self.handled += 1
+            counters.handled += 1
+        else:
+            self.spurious += 1
+            counters.spurious += 1
+
+    async def _handle(self, delivery: Delivery) -> bool:
+        known = False
+        for handler in tuple(self._handlers.get(delivery.gsi, ())):
+            known |= await handler()
+        return known
+
+
+@asynccontextmanager
+async def open_processor(controller: InterruptController) -> AsyncIterator[Processor]:
+    """A CPU that works for as long as the block.
+
+    async with open_processor(controller) as cpu:
+        with cpu.handling(11, handler):
+            ...
+
+    What a handler raises ends the block, and comes out of it.
+    """
+    processor = Processor(controller)
+    async with background() as nursery:
+        nursery.start_soon(processor.run)
+        yield processor
