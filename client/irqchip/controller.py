@@ -8,7 +8,9 @@ tell.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import errno
+from collections.abc import AsyncIterator, Hashable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from typing import Final
 
 import trio
@@ -23,12 +25,15 @@ class InterruptController:
     """Starts with `chip` active and `routes` for INTA to INTD of the root bus; lines without one go nowhere.
 
     Devices that drive a line by its level do so with `assert_line` and `deassert_line`, which follow chip and
-    routes by themselves; several may share a line.
+    routes by themselves; several may share a line, and several lines an input. Whoever names a line that is
+    none gets ClientError, and IrqchipError(EINVAL) where a route would lead to an input that the active
+    irqchip does not have: nothing has changed then.
     """
 
     def __init__(self, chip: Irqchip, routes: Sequence[IntxRoute] = ()) -> None:
         if len(routes) > LINES:
             raise ClientError(f"{len(routes)} routes: the root bus has {LINES} lines")
+        _check_inputs(chip, routes)
         self.irqchip_change: Final = Notifier("irqchip change")
         """Told after another irqchip became the active one, whatever became of the routes."""
         self.routing_change: Final = Notifier("interrupt routing change")
@@ -48,24 +53,26 @@ class InterruptController:
 
     def route(self, line: int) -> IntxRoute:
         """Where a line of the root bus goes."""
-        return self._routes[line]
+        return self._routes[_checked(line)]
 
     async def activate(self, chip: Irqchip) -> None:
         """Make another irqchip the active one, and tell everybody; the one that is active already changes
         nothing.
 
-        Raises IrqchipError if it cannot be activated; the old one stays then. Once it is active the change
-        is not given up by a cancellation.
+        Raises IrqchipError if it cannot be activated or has too few inputs for the routes: the old one stays
+        then, and nobody is told. Once it is active the change is not given up by a cancellation, and stays
+        even if subscribers fail (ExceptionGroup). Subscribers cannot call this: ClientError.
         """
-        async with self._changing:
+        async with self._change():
             old = self._chip
             if chip is old:
                 return
+            _check_inputs(chip, self._routes)
             self._let_go()
             old.deactivate()
             try:
                 chip.activate()
-            except IrqchipError:
+            except BaseException:
                 old.activate()
                 self._drive()
                 raise
@@ -74,20 +81,33 @@ class InterruptController:
             await self.irqchip_change.notify()
 
     async def set_route(self, line: int, route: IntxRoute) -> None:
-        """Send a line somewhere else, and tell everybody; also if it goes where it went before."""
-        async with self._changing:
-            self._routes[line] = route
+        """Send a line somewhere else, and tell everybody; also if it goes where it went before.
+
+        Raises IrqchipError for an input that the active irqchip does not have. What is said of cancellation
+        and subscribers at `activate` is true here as well.
+        """
+        async with self._change():
+            _check_inputs(self._chip, (route,))
+            self._routes[_checked(line)] = route
             self._drive()
             await self.routing_change.notify()
 
+    @asynccontextmanager
+    async def _change(self) -> AsyncIterator[None]:
+        for notifier in (self.irqchip_change, self.routing_change):
+            if notifier.telling_caller:
+                raise ClientError(f"a subscriber to {notifier.what} wants a change before all have followed")
+        async with self._changing:
+            yield
+
     def assert_line(self, line: int, device: Hashable) -> None:
         """`device` drives the line; it is high while anybody does."""
-        self._asserting[line].add(device)
+        self._asserting[_checked(line)].add(device)
         self._drive()
 
     def deassert_line(self, line: int, device: Hashable) -> None:
         """`device` does not drive the line, or no longer."""
-        self._asserting[line].discard(device)
+        self._asserting[_checked(line)].discard(device)
         self._drive()
 
     def _drive(self) -> None:
@@ -107,3 +127,15 @@ class InterruptController:
         for gsi in self._driven:
             self._chip.set_level(gsi, False)
         self._driven.clear()
+
+
+def _checked(line: int) -> int:
+    if not 0 <= line < LINES:
+        raise ClientError(f"line {line}: the root bus has 0 to {LINES - 1}")
+    return line
+
+
+def _check_inputs(chip: Irqchip, routes: Iterable[IntxRoute]) -> None:
+    for route in routes:
+        if route.mode is not IntxMode.DISABLED and route.gsi >= chip.inputs:
+            raise IrqchipError(f"{chip.name}: a route to input {route.gsi} of {chip.inputs}", errno.EINVAL)

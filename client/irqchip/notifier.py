@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Final
 
 import trio
 
 Subscriber = Callable[[], Awaitable[None]]
+
+
+class _Round:
+    """One change, which not everybody may have been told of yet."""
+
+    __slots__ = ("notifier", "over")
+
+    def __init__(self, notifier: Notifier) -> None:
+        self.notifier: Final = notifier
+        self.over = False
+
+
+_ROUNDS: Final[ContextVar[tuple[_Round, ...]]] = ContextVar("rounds", default=())
+"""Those that the task has been told in, or whoever started it."""
 
 
 class Notifier:
@@ -34,6 +49,13 @@ class Notifier:
         finally:
             self._subscribers.remove(subscriber)
 
+    @property
+    def telling_caller(self) -> bool:
+        """Whether the calling task is a subscriber at work, or was started by one, while not everybody has
+        finished. If it waited for the next change it would wait for itself.
+        """
+        return any(each.notifier is self and not each.over for each in _ROUNDS.get())
+
     async def notify(self) -> None:
         """Tell everybody who is subscribed now, all at a time: one that waits for its server holds up nobody
         else.
@@ -49,9 +71,15 @@ class Notifier:
             except Exception as error:
                 failures.append(error)
 
-        with trio.CancelScope(shield=True):
-            async with trio.open_nursery() as nursery:
-                for subscriber in self._subscribers:
-                    nursery.start_soon(tell, subscriber)
+        this = _Round(self)
+        token = _ROUNDS.set((*_ROUNDS.get(), this))
+        try:
+            with trio.CancelScope(shield=True):
+                async with trio.open_nursery() as nursery:
+                    for subscriber in self._subscribers:
+                        nursery.start_soon(tell, subscriber)
+        finally:
+            this.over = True
+            _ROUNDS.reset(token)
         if failures:
             raise ExceptionGroup(f"{self.what}: not everybody could follow", failures)
