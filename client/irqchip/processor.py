@@ -12,7 +12,8 @@ import trio
 
 from client._nursery import background
 from client.irqchip.controller import InterruptController
-from client.irqchip.userspace.chip import Delivery, UserspaceChip
+from client.irqchip.routes import LINES, IntxMode
+from client.irqchip.userspace.chip import UserspaceChip
 
 Handler = Callable[[], Awaitable[bool]]
 """Handles an interrupt of a device; whether it was that device's (Linux's IRQ_HANDLED)."""
@@ -43,19 +44,21 @@ class Processor:
         """Interrupts that a handler knew."""
         self.spurious = 0
         """Interrupts that were nobody's, and those that the irqchip had taken back when it was asked."""
-        self._handlers: dict[int, list[Handler]] = {}
+        self._handlers: list[list[Handler]] = [[] for _ in range(LINES)]
         self._rest = trio.CancelScope()
 
     @contextmanager
-    def handling(self, gsi: int, handler: Handler) -> Iterator[None]:
-        """Call `handler` for interrupts of input `gsi`, of whichever irqchip is active, until the block ends.
-        Those that share the input are all called, in the order in which they came.
+    def handling(self, line: int, handler: Handler) -> Iterator[None]:
+        """Call `handler` for interrupts of a line of the root bus until the block ends, whichever irqchip is
+        active and wherever the line is routed by then. All that share the input are called, those of one line
+        in the order in which they came. Raises ClientError for a line that is none.
         """
-        self._handlers.setdefault(gsi, []).append(handler)
+        self.controller.route(line)
+        self._handlers[line].append(handler)
         try:
             yield
         finally:
-            self._handlers[gsi].remove(handler)
+            self._handlers[line].remove(handler)
 
     async def run(self) -> NoReturn:
         """Work; what a handler raises ends this, after the interrupt was ended."""
@@ -83,7 +86,7 @@ class Processor:
             self.spurious += 1
             return
         try:
-            known = await self._handle(delivery)
+            known = await self._handle(delivery.gsi)
         finally:
             chip.end(delivery)
         counters = self.counters[delivery.gsi]
@@ -94,11 +97,18 @@ class Processor:
             self.spurious += 1
             counters.spurious += 1
 
-    async def _handle(self, delivery: Delivery) -> bool:
+    async def _handle(self, gsi: int) -> bool:
         known = False
-        for handler in tuple(self._handlers.get(delivery.gsi, ())):
+        for handler in tuple(self._sharing(gsi)):
             known |= await handler()
         return known
+
+    def _sharing(self, gsi: int) -> Iterator[Handler]:
+        """The handlers of lines that are routed to an input now."""
+        for line, handlers in enumerate(self._handlers):
+            route = self.controller.route(line)
+            if route.mode is not IntxMode.DISABLED and route.gsi == gsi:
+                yield from handlers
 
 
 @asynccontextmanager
@@ -106,7 +116,7 @@ async def open_processor(controller: InterruptController) -> AsyncIterator[Proce
     """A CPU that works for as long as the block.
 
     async with open_processor(controller) as cpu:
-        with cpu.handling(11, handler):
+        with cpu.handling(intx.line, handler):
             ...
 
     What a handler raises ends the block, and comes out of it.

@@ -8,10 +8,11 @@ and says so without bit 7; any end of interrupt that names an input tells its de
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Final
 
-INPUTS: Final = 8
+from client.irqchip.registers import PIC_HALF, Pic8259State
+
 CASCADE: Final = 2
 """The input of the master that the slave is wired to."""
 NO_INTERRUPT: Final = 7
@@ -27,39 +28,7 @@ _ICW4_AUTO_EOI: Final = 0x02
 _ICW4_NESTED: Final = 0x10
 
 
-@dataclass(frozen=True, slots=True)
-class I8259State:
-    """All registers; the names are those of KVM's kvm_pic_state."""
-
-    last_irr: int = 0
-    """The levels of the inputs."""
-    irr: int = 0
-    """Interrupt requests: for an edge latched, for a level as the input is."""
-    imr: int = 0
-    """Interrupt mask."""
-    isr: int = 0
-    """Interrupts in service."""
-    priority_add: int = 0
-    """The input with the highest priority."""
-    irq_base: int = 0
-    """The vector of input 0."""
-    read_reg_select: int = 0
-    """Which register the command port reads: 0 IRR, 1 ISR."""
-    poll: int = 0
-    """The next read is a poll."""
-    special_mask: int = 0
-    init_state: int = 0
-    """The initialization word that is expected, less one; 0 none."""
-    auto_eoi: int = 0
-    rotate_on_auto_eoi: int = 0
-    special_fully_nested_mode: int = 0
-    init4: int = 0
-    """ICW1 said that there will be an ICW4."""
-    elcr: int = 0
-    """Inputs that are level-triggered."""
-
-
-_REGISTERS: Final = tuple(field.name for field in fields(I8259State))
+_REGISTERS: Final = tuple(field.name for field in fields(Pic8259State))
 
 
 class I8259:
@@ -69,7 +38,7 @@ class I8259:
     What may change the output is for the caller to follow up: see `write`.
     """
 
-    __slots__ = ("_cleared", "_elcr_mask", "_master", *_REGISTERS)
+    __slots__ = ("_cleared", "_master", *_REGISTERS)
 
     last_irr: int
     irr: int
@@ -86,17 +55,18 @@ class I8259:
     special_fully_nested_mode: int
     init4: int
     elcr: int
+    elcr_mask: int
 
     def __init__(self, master: bool, elcr_mask: int, cleared: Callable[[int, bool], None]) -> None:
         self._master = master
-        self._elcr_mask = elcr_mask
         self._cleared = cleared
-        for field in fields(I8259State):
+        for field in fields(Pic8259State):
             setattr(self, field.name, field.default)
+        self.elcr_mask = elcr_mask
 
-    def state(self) -> I8259State:
+    def state(self) -> Pic8259State:
         """A copy of the registers."""
-        return I8259State(*(getattr(self, name) for name in _REGISTERS))
+        return Pic8259State(*(getattr(self, name) for name in _REGISTERS))
 
     def set_input(self, irq: int, level: bool) -> None:
         """An input has this level."""
@@ -167,7 +137,7 @@ class I8259:
 
     def write_elcr(self, value: int) -> None:
         """The edge/level control register; inputs that must be edge-triggered stay so."""
-        self.elcr = value & self._elcr_mask
+        self.elcr = value & self.elcr_mask
 
     def _initialize(self, value: int) -> None:
         edges = self.irr & ~self.elcr
@@ -182,7 +152,7 @@ class I8259:
             self.special_fully_nested_mode = 0
             self.auto_eoi = 0
         self.init_state = 1
-        for irq in range(INPUTS):
+        for irq in range(PIC_HALF):
             if edges & 1 << irq:
                 self._clear(irq)
 
@@ -210,7 +180,7 @@ class I8259:
                 return False
             case 1 | 5:
                 priority = self._priority(self.isr)
-                if priority == INPUTS:
+                if priority == PIC_HALF:
                     return False
                 irq = (priority + self.priority_add) & 7
                 if command == 5:
@@ -230,8 +200,8 @@ class I8259:
     def _priority(self, inputs: int) -> int:
         """Of these inputs the highest priority, 0 to 7; 8 if there is none."""
         if not inputs:
-            return INPUTS
-        turned = (inputs >> self.priority_add | inputs << (INPUTS - self.priority_add)) & 0xFF
+            return PIC_HALF
+        turned = (inputs >> self.priority_add | inputs << (PIC_HALF - self.priority_add)) & 0xFF
         return (turned & -turned).bit_length() - 1
 
     def _clear(self, irq: int) -> None:

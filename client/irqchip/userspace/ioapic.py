@@ -18,15 +18,14 @@ import errno
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final
 
 from client.irqchip.chip import IrqchipError
+from client.irqchip.registers import IOAPIC_INPUTS, RedirectionEntry
 from client.irqchip.userspace.chip import Delivery, UserspaceChip
 from client.irqchip.userspace.local_apic import LocalApic, Offsets
 from client.irqchip.userspace.local_apic import LocalApicState as LocalApicState
 
-INPUTS: Final = 24
-"""Entries of the redirection table (82093AA data sheet, 3.2.4)."""
 VERSION: Final = 0x11
 """Of the 82093AA, which has no EOI register."""
 
@@ -55,51 +54,6 @@ _LOWEST_PRIORITY: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Redirection:
-    """An entry of the redirection table (82093AA data sheet, 3.2.4)."""
-
-    vector: int = 0
-    delivery_mode: int = _FIXED
-    """0 fixed and 1 lowest priority interrupt; the others are kept, and deliver nothing."""
-    logical: bool = False
-    """`destination` is a logical one, not the ID of an APIC."""
-    active_low: bool = False
-    remote_irr: bool = False
-    """A local APIC has it, for a level, and it has not been ended; only read."""
-    level: bool = False
-    masked: bool = True
-    destination: int = 0
-
-    @property
-    def bits(self) -> int:
-        """The entry as the registers have it, 64 bits."""
-        return (
-            self.vector
-            | self.delivery_mode << 8
-            | self.logical << 11
-            | self.active_low << 13
-            | self.remote_irr << 14
-            | self.level << 15
-            | self.masked << 16
-            | self.destination << 56
-        )
-
-    @classmethod
-    def of(cls, bits: int) -> Self:
-        """The entry that these 64 bits mean."""
-        return cls(
-            vector=bits & 0xFF,
-            delivery_mode=bits >> 8 & 7,
-            logical=bool(bits & 1 << 11),
-            active_low=bool(bits & 1 << 13),
-            remote_irr=bool(bits & _REMOTE_IRR),
-            level=bool(bits & _LEVEL),
-            masked=bool(bits & _MASKED),
-            destination=bits >> 56,
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class IoapicState:
     """All registers, and those of the local APIC."""
 
@@ -107,7 +61,7 @@ class IoapicState:
     ioregsel: int
     irr: int
     """Inputs that are asserted; of edge-triggered ones only those that have not been delivered."""
-    entries: tuple[Redirection, ...]
+    entries: tuple[RedirectionEntry, ...]
     local: LocalApicState
 
 
@@ -119,20 +73,20 @@ class Ioapic(UserspaceChip):
     """
 
     def __init__(self, name: str = "ioapic") -> None:
-        super().__init__(name, INPUTS)
+        super().__init__(name, IOAPIC_INPUTS)
         self.local: Final = LocalApic(self._eoi)
         self._id = 0
         self._ioregsel = 0
         self._irr = 0
         self._delivered = 0  # edges that went to the local APIC while their input stayed high
-        self._entries = [_MASKED] * INPUTS
-        self._sharing: dict[int, list[int]] = {0: list(range(INPUTS))}  # inputs of a vector
+        self._entries = [_MASKED] * IOAPIC_INPUTS
+        self._sharing: dict[int, list[int]] = {0: list(range(IOAPIC_INPUTS))}  # inputs of a vector
         self._carried: dict[int, int] = {}  # inputs, as bits, whose request a vector carries to the CPU
         self._serving: dict[int, int] = {}  # the same for vectors in service
 
     def state(self) -> IoapicState:
         """The registers as they are now."""
-        entries = tuple(Redirection.of(bits) for bits in self._entries)
+        entries = tuple(RedirectionEntry.unpack(bits) for bits in self._entries)
         return IoapicState(
             self._id, self._ioregsel, self._irr & ~self._delivered, entries, self.local.state()
         )
@@ -143,13 +97,13 @@ class Ioapic(UserspaceChip):
         """
         self.local.write(Offsets.LDR, 1 << 24)
         self.local.write(Offsets.SVR, 0x1FF)
-        for gsi in range(INPUTS):
-            entry = Redirection(vectors + gsi, active_low=True, level=True, masked=False)
+        for gsi in range(IOAPIC_INPUTS):
+            entry = RedirectionEntry(vectors + gsi, active_low=True, level=True, masked=False)
             self.redirect(gsi, entry)
 
-    def redirect(self, gsi: int, entry: Redirection) -> None:
+    def redirect(self, gsi: int, entry: RedirectionEntry) -> None:
         """Write an entry of the redirection table through the registers, as a guest does."""
-        for half, value in ((1, entry.bits >> 32), (0, entry.bits & _LOW)):
+        for half, value in ((1, entry.pack() >> 32), (0, entry.pack() & _LOW)):
             self.write(IOREGSEL, REDIRECTION + 2 * gsi + half)
             self.write(IOWIN, value)
 
@@ -165,7 +119,7 @@ class Ioapic(UserspaceChip):
         if self._ioregsel in (_ID, _ARBITRATION):
             return self._id << 24
         if self._ioregsel == _VERSION:
-            return (INPUTS - 1) << 16 | VERSION
+            return (IOAPIC_INPUTS - 1) << 16 | VERSION
         gsi = self._selected()
         if gsi is None:
             return _LOW
@@ -236,7 +190,7 @@ class Ioapic(UserspaceChip):
             return
         if not level:
             self._delivered |= 1 << gsi
-        redirection = Redirection.of(entry)
+        redirection = RedirectionEntry.unpack(entry)
         if redirection.delivery_mode not in (_FIXED, _LOWEST_PRIORITY):
             return
         if not self.local.matches(redirection.destination, redirection.logical):
@@ -251,7 +205,7 @@ class Ioapic(UserspaceChip):
     def _selected(self) -> int | None:
         """The input whose entry IOREGSEL is at."""
         gsi = self._ioregsel - REDIRECTION >> 1
-        return gsi if 0 <= gsi < INPUTS else None
+        return gsi if 0 <= gsi < IOAPIC_INPUTS else None
 
     def _write_entry(self, gsi: int, value: int) -> None:
         old = self._entries[gsi]

@@ -11,18 +11,13 @@ from __future__ import annotations
 import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
 from client.irqchip.chip import IrqchipError
+from client.irqchip.registers import PIC_HALF, PIC_INPUTS, PicState
 from client.irqchip.userspace._i8259 import CASCADE, I8259, NO_INTERRUPT
-from client.irqchip.userspace._i8259 import INPUTS as HALF
-from client.irqchip.userspace._i8259 import I8259State as I8259State
 from client.irqchip.userspace.chip import Delivery, UserspaceChip
-
-INPUTS: Final = 2 * HALF
-"""Two 8259A of eight inputs each."""
 
 
 class Ports(IntEnum):
@@ -45,41 +40,13 @@ VECTORS: Final = 0x20
 _END_OF: Final = 0x60  # OCW2: the end of the interrupt that the low bits name
 
 
-@dataclass(frozen=True, slots=True)
-class PicState:
-    """All registers of both; `irr`, `isr`, `imr` and `elcr` have a bit for each of the sixteen inputs."""
-
-    master: I8259State
-    slave: I8259State
-
-    @property
-    def irr(self) -> int:
-        """Interrupt requests."""
-        return self.master.irr | self.slave.irr << HALF
-
-    @property
-    def isr(self) -> int:
-        """Interrupts in service."""
-        return self.master.isr | self.slave.isr << HALF
-
-    @property
-    def imr(self) -> int:
-        """Masked inputs."""
-        return self.master.imr | self.slave.imr << HALF
-
-    @property
-    def elcr(self) -> int:
-        """Level-triggered inputs."""
-        return self.master.elcr | self.slave.elcr << HALF
-
-
 class Pic(UserspaceChip):
     """The pair as it is after power-on; see `program`. Input 2 is the cascade, and none to anybody else."""
 
     def __init__(self, name: str = "pic") -> None:
-        super().__init__(name, INPUTS)
+        super().__init__(name, PIC_INPUTS)
         self._master = I8259(True, LEVEL_CAPABLE & 0xFF, self._master_cleared)
-        self._slave = I8259(False, LEVEL_CAPABLE >> HALF, self._slave_cleared)
+        self._slave = I8259(False, LEVEL_CAPABLE >> PIC_HALF, self._slave_cleared)
 
     def state(self) -> PicState:
         """The registers as they are now."""
@@ -91,13 +58,13 @@ class Pic(UserspaceChip):
         """
         for port, icw2, icw3 in (
             (Ports.MASTER, vectors, 1 << CASCADE),
-            (Ports.SLAVE, vectors + HALF, CASCADE),
+            (Ports.SLAVE, vectors + PIC_HALF, CASCADE),
         ):
             self.write(port, 0x11)
             for word in (icw2, icw3, 0x01):
                 self.write(port + 1, word)
         self.write(Ports.ELCR, level & 0xFF)
-        self.write(Ports.ELCR + 1, level >> HALF)
+        self.write(Ports.ELCR + 1, level >> PIC_HALF)
         for port in (Ports.MASTER, Ports.SLAVE):
             self.write(port + 1, 0)
 
@@ -133,12 +100,12 @@ class Pic(UserspaceChip):
         is for when the slave has nothing in service any more.
         """
         gsi = delivery.gsi
-        if gsi < HALF:
+        if gsi < PIC_HALF:
             if self._master.isr & 1 << gsi:
                 self.write(Ports.MASTER, _END_OF | gsi)
             return
-        if self._slave.isr & 1 << gsi - HALF:
-            self.write(Ports.SLAVE, _END_OF | gsi - HALF)
+        if self._slave.isr & 1 << gsi - PIC_HALF:
+            self.write(Ports.SLAVE, _END_OF | gsi - PIC_HALF)
         self._end_cascade()
 
     def _acknowledge(self) -> Delivery | None:
@@ -169,7 +136,7 @@ class Pic(UserspaceChip):
                 gsi = None
                 vector = self._slave.irq_base + NO_INTERRUPT
             else:
-                gsi = irq + HALF
+                gsi = irq + PIC_HALF
                 vector = self._slave.irq_base + irq
                 self._accepted(gsi)
                 self._slave.acknowledge(irq)
@@ -191,7 +158,7 @@ class Pic(UserspaceChip):
         irq = half.wanted()
         cascade = half is self._master and irq == CASCADE
         if irq is not None and not cascade:
-            self._accepted(irq if half is self._master else irq + HALF)
+            self._accepted(irq if half is self._master else irq + PIC_HALF)
         if irq is not None and half is self._slave:
             self._master.isr &= ~(1 << CASCADE)
             self._master.irr &= ~(1 << CASCADE)
@@ -201,14 +168,14 @@ class Pic(UserspaceChip):
         return NO_INTERRUPT if irq is None else irq
 
     def _set_input(self, gsi: int, level: bool) -> None:
-        if gsi < HALF:
+        if gsi < PIC_HALF:
             self._master.set_input(gsi, level)
         else:
-            self._slave.set_input(gsi - HALF, level)
+            self._slave.set_input(gsi - PIC_HALF, level)
         self._update()
 
     def _requests(self, gsi: int) -> bool:
-        irr = self._master.irr | self._slave.irr << HALF
+        irr = self._master.irr | self._slave.irr << PIC_HALF
         return bool(irr & 1 << gsi)
 
     def _check(self, gsi: int) -> None:
@@ -221,7 +188,7 @@ class Pic(UserspaceChip):
             self._cleared(irq, served)
 
     def _slave_cleared(self, irq: int, served: bool) -> None:
-        self._cleared(irq + HALF, served)
+        self._cleared(irq + PIC_HALF, served)
 
     def _cleared(self, gsi: int, served: bool) -> None:
         if served:
