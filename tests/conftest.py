@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from functools import cache
 from typing import NoReturn
 
 import pytest
 import trio
 from hypothesis import HealthCheck, settings
 
+from client import ClientError
+from client.kvm import open_machine, vm
 from tests.peers.cache import PeerError
 from tests.peers.engines import why_left_out
 from tests.peers.libvfio_user import LibvfioUser, libvfio_user_under_test
@@ -65,8 +68,33 @@ def _missing_kvm() -> str | None:
     return None if accel == "kvm" else "/dev/kvm is there, but no guest comes up with it on this host"
 
 
+@cache
+def _missing_vcpu() -> str | None:
+    if error := _unopenable(vm.DEVICE):
+        return error
+
+    async def start_a_guest() -> None:
+        with trio.fail_after(_GUEST_STARTS), vm.Vm() as machine:
+            async with open_machine(machine):
+                pass
+
+    try:
+        trio.run(start_a_guest)
+    except ClientError as refusal:
+        return f"{vm.DEVICE} is there, but runs not even code in real mode: {refusal}"
+    except trio.TooSlowError:
+        return f"{vm.DEVICE} is there, but code in real mode does nothing in {_GUEST_STARTS} seconds"
+    return None
+
+
+_GUEST_STARTS = 10  # seconds for a few hundred instructions
+
 # What each marker demands: None, or a line that says what is missing.
-_DEMANDS: dict[str, Callable[[], str | None]] = {"root": _missing_root, "kvm": _missing_kvm}
+_DEMANDS: dict[str, Callable[[], str | None]] = {
+    "root": _missing_root,
+    "kvm": _missing_kvm,
+    "vcpu": _missing_vcpu,
+}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
