@@ -25,6 +25,8 @@ class IntxRequests:
 
     def __init__(self, session: Session) -> None:
         self.session: Final = session
+        self.late = False
+        """Whether one of them was not answered in time."""
         self._deadline = trio.current_time() + INTX_TIMEOUT
         self._act = partial(act, session, IrqIndex.INTX, 0)
 
@@ -52,4 +54,5 @@ class IntxRequests:
         with trio.CancelScope(deadline=self._deadline, shield=True) as scope:
             await request
         if scope.cancelled_caught:
+            self.late = True
             raise ClientError(f"INTx: the server does not answer {what} within {INTX_TIMEOUT} s")

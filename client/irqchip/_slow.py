@@ -77,6 +77,7 @@ class SlowPath:
         """Hear of interrupts by this eventfd, from those on that it has counted. With `edges` the device does
         not mask itself, and may say something while an interrupt is pending.
         """
+        self.deafen()
         self._edges = edges
         self._listening = trio.CancelScope()
         self._nursery.start_soon(self._hear, fd, self._listening)

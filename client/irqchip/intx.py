@@ -225,15 +225,18 @@ class Intx:
             return False
         if not chip.resample:
             self._failed(ClientError(f"irqchip {chip.name} does not tell the end of an interrupt"))
-        if self.failure is not None:
+        if requests.late or not chip.resample:
             self.counters.fallbacks += 1
             return False
         self._slow.deafen()
         try:
             await requests.mask()
             self._forget(taken=self._slow.clear())
-            self._bypass = Bypass(chip, self.route.gsi, self.trigger_fd)
-            await requests.wire_unmask(self._bypass.resample_fd)
+            if self._controller.chip is chip and self._current_route() == self.route:
+                self._bypass = Bypass(chip, self.route.gsi, self.trigger_fd)
+                await requests.wire_unmask(self._bypass.resample_fd)
+            else:  # this line is being told, which waits for us
+                self._listen()
             await requests.unmask()
         except BaseException as error:
             self._failed(error)

@@ -132,7 +132,10 @@ class Peer:
         return message
 
     async def describe(
-        self, regions: Mapping[int, FakeRegion], irqs: tuple[int, ...] = (1, 32, 4, 1, 1)
+        self,
+        regions: Mapping[int, FakeRegion],
+        irqs: tuple[int, ...] = (1, 32, 4, 1, 1),
+        intx_flags: int = 7,
     ) -> None:
         """Answer the questions at the beginning of a session: 9 regions, 5 kinds of interrupts."""
         info = await self.expect(GET_INFO)
@@ -143,7 +146,7 @@ class Peer:
         for index, count in enumerate(irqs):
             asked = await self.expect(IRQ_INFO)
             assert struct.unpack("=IIII", asked.payload)[2] == index
-            flags = (7, 9, 1, 9, 9)[index]  # as vfio-pci describes them: MSI, ERR and REQ do not grow
+            flags = (intx_flags, 9, 1, 9, 9)[index]  # vfio-pci's: MSI, ERR and REQ do not grow
             self.reply(asked, struct.pack("=IIII", 16, flags, index, count))
 
     async def describe_region(self, index: int, region: FakeRegion) -> None:
@@ -169,6 +172,7 @@ async def session_with(
     *,
     regions: Mapping[int, FakeRegion] | None = None,
     irqs: tuple[int, ...] = (1, 32, 4, 1, 1),
+    intx_flags: int = 7,
     capabilities: bytes = CAPABILITIES,
     limits: Limits | None = None,
     quirks: Overrides | None = None,
@@ -184,7 +188,7 @@ async def session_with(
         if script is not None:
             script(peer)
         await peer.agree(capabilities, fds)
-        await peer.describe(regions or {}, irqs)
+        await peer.describe(regions or {}, irqs, intx_flags)
 
     try:
         async with trio.open_nursery() as nursery:
