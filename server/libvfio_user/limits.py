@@ -126,6 +126,12 @@ class Limit(Enum):
         "a client has 16 DMA windows at most",
         "MAX_DMA_REGIONS",
     )
+    UNKNOWN_UNMAPS = (
+        "unknown-unmaps",
+        _ALL,
+        "DMA_UNMAP of a range that is no window is refused, which clients with an IOMMU do not expect",
+        "dma_controller_remove_region looks for exactly one window, and answers ENOENT",
+    )
     MESSAGE_DMA = (
         "message-dma",
         _OLD,

@@ -252,6 +252,11 @@ async def test_there_may_be_more_than_sixteen_windows(client: RawClient, served:
     os.close(fd)
 
 
+@pytest.mark.shows(Limit.UNKNOWN_UNMAPS)
+async def test_what_is_not_mapped_cannot_be_unmapped(client: RawClient) -> None:
+    assert await client.refused(DMA_UNMAP, struct.pack("=IIQQ", 24, 0, 0x10000, PAGE)) == errno.ENOENT
+
+
 @pytest.mark.shows(Limit.MESSAGE_DMA)
 async def test_memory_without_a_descriptor_is_out_of_reach(client: RawClient, served: World) -> None:
     await client.do(DMA_MAP, dma(0, PAGE))
