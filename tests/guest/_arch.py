@@ -57,7 +57,7 @@ PPC64 = Arch(
     cpu="power9",
     console="hvc0",
     # The guest clears its whole DMA window at boot, page by page and one message to each card for every page.
-    qemu_args=("-global", "spapr-pci-host-bridge.dma_win_size=0x4000000"),
+    qemu_args=("-global", "spapr-pci-host-bridge.dma_win_size=0x1000000"),
 )
 
 ARCHES = (X86_64, PPC64)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Protocol
 
 import pytest
 
-from tests.guest import Card, Guest, GuestResult, Network, RigError, Root, boot
+from tests.guest import X86_64, Arch, Card, Guest, GuestResult, Network, RigError, Root, boot
 from tests.guest import guest_root as make_guest_root
 from tests.guest.cards import ServedCard
 from tests.guest.cards import serve_cards as serve
@@ -81,13 +81,18 @@ class BootGuest(Protocol):
     ) -> Booting: ...
 
 
-@pytest.fixture(scope="session")
-def guest_root() -> Root:
-    """QEMU, kernel and initramfs; the first use on a machine downloads them."""
+def demand_root(arch: Arch) -> Root:
+    """What guests of an architecture are started from; the first use on a machine downloads it."""
     try:
-        return make_guest_root()
+        return make_guest_root(arch)
     except RigError as missing:
         _cannot(missing)
+
+
+@pytest.fixture(scope="session")
+def guest_root() -> Root:
+    """What `boot_guest` starts. A module whose guests are of another architecture has its own."""
+    return demand_root(X86_64)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from tests.guest import Card, Network
 from tests.guest._qmp import QmpError
 from tests.guest.cards import ServedCard
 from tests.guest.conftest import BootGuest, ServeCards
-from tests.guest.test_traffic import UP
+from tests.guest.test_traffic import UP, UP_BOTH
 
 ROUNDS = 20
 
@@ -132,16 +132,7 @@ async def test_two_cards_in_one_guest_work_side_by_side(
     boot_guest: BootGuest, serve_cards: ServeCards, make_network: Callable[..., Network]
 ) -> None:
     networks = [make_network(tap=f"tap{n}", subnet=f"10.77.{n}") for n in range(2)]
-    script = """
-    modprobe virtio_net
-    for n in 0 1; do
-        dev=$(nic $n)
-        ip addr add 10.77.$(( $(cut -d: -f6 /sys/class/net/$dev/address) )).2/24 dev $dev
-        ip link set $dev up
-    done
-    ping -c 3 -i 0.2 10.77.0.1
-    ping -c 3 -i 0.2 10.77.1.1
-    """
+    script = f"{UP_BOTH} ping -c 3 -i 0.2 10.77.0.1; ping -c 3 -i 0.2 10.77.1.1"
     ports = [f"tap:name={network.tap},netns={network.path}" for network in networks]
     async with serve_cards(*ports) as cards:
         result = await boot_guest(script, [card.socket for card in cards])

@@ -18,6 +18,16 @@ ip -6 addr add fd77::2/64 dev $dev nodad
 ip link set $dev up
 """
 
+# Of two cards, each with a network of its own.
+UP_BOTH = """
+modprobe virtio_net
+for n in 0 1; do
+    dev=$(nic $n)
+    ip addr add 10.77.$(( $(cut -d: -f6 /sys/class/net/$dev/address) )).2/24 dev $dev
+    ip link set $dev up
+done
+"""
+
 IPERF = 5201
 
 
