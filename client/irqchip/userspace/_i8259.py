@@ -27,7 +27,6 @@ _OCW3_SET_MASK: Final = 0x40
 _ICW4_AUTO_EOI: Final = 0x02
 _ICW4_NESTED: Final = 0x10
 
-
 _REGISTERS: Final = tuple(field.name for field in fields(Pic8259State))
 
 

@@ -32,7 +32,7 @@ class Ports(IntEnum):
 
 LEVEL_CAPABLE: Final = 0xDEF8
 """Inputs that ELCR can make level-triggered, as bits; the others belong to timer, keyboard, cascade, clock
-and coprocessor (82371FB data sheet, 2.5.5).
+and coprocessor (82371FB data sheet, ELCR).
 """
 VECTORS: Final = 0x20
 """Where `program` puts the sixteen vectors: the first that are free on x86."""
