@@ -172,6 +172,15 @@ class IoapicRegisters(Structure):
 _CHIP_STATE: Final = 512
 
 
+MP_STATE_RUNNABLE: Final = 0
+
+
+class MpState(Structure):
+    """kvm_mp_state."""
+
+    _fields_ = (("mp_state", c_uint32),)
+
+
 class Irqchip(Structure):
     """kvm_irqchip; `state` holds PicRegisters or IoapicRegisters."""
 
@@ -264,6 +273,7 @@ GET_SREGS: Final = _request(_READ, 0x83, Sregs)
 SET_SREGS: Final = _request(_WRITE, 0x84, Sregs)
 SET_SIGNAL_MASK: Final = _request(_WRITE, 0x8B, SignalMaskHeader)
 SET_CPUID2: Final = _request(_WRITE, 0x90, CpuidHeader)
+SET_MP_STATE: Final = _request(_WRITE, 0x99, MpState)
 ENABLE_CAP: Final = _request(_WRITE, 0xA3, EnableCap)
 SIGNAL_MSI: Final = _request(_WRITE, 0xA5, Msi)
 

@@ -107,7 +107,7 @@ def compare_eax(address: int) -> bytes:
 
 def increment(address: int) -> bytes:
     """The 32 bits at an address become one more, atomically; what follows sees what others wrote before."""
-    return b"\xf0\x66\xff\x06" + struct.pack("<H", address)
+    return b"\x66\xf0\xff\x06" + struct.pack("<H", address)
 
 
 def unless_zero(then: bytes) -> bytes:

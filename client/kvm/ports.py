@@ -34,8 +34,10 @@ class _Answers(Exits):
     async def port_write(self, port: int, data: bytes) -> None:
         if port == FAULT_PORT:
             raise GuestError("the guest's code caused an exception of its processor")
-        if port != _WINDOW_PORT:
+        if port in (_ANSWER_PORT, _NOTHING_PORT, _TAKEN_PORT):
             raise _Answered(port, data[0])
+        if port != _WINDOW_PORT:
+            await super().port_write(port, data)
 
 
 class PortDriver:

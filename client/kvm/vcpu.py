@@ -94,7 +94,7 @@ class Vcpu:
 
     def start_at(self, address: int, stack: int = 0) -> None:
         """Go on at `address` below 64 KiB, in real mode with interrupts off, segments 0 and an empty stack
-        that ends at `stack`.
+        that ends at `stack`; also if the guest had halted.
         """
         sregs = _abi.Sregs()
         self._make("KVM_GET_SREGS", _abi.GET_SREGS, sregs)
@@ -102,6 +102,7 @@ class Vcpu:
             segment.base = segment.selector = 0
         self._make("KVM_SET_SREGS", _abi.SET_SREGS, sregs)
         self._make("KVM_SET_REGS", _abi.SET_REGS, _abi.Regs(rip=address, rsp=stack, rflags=_FLAGS_RESET))
+        self._make("KVM_SET_MP_STATE", _abi.SET_MP_STATE, _abi.MpState(_abi.MP_STATE_RUNNABLE))
 
     async def run(self, exits: Exits) -> None:
         """Run the guest until it halts for good, which it can only without an irqchip, or until cancelled.
@@ -140,7 +141,7 @@ class Vcpu:
             finally:
                 with self._kicking:
                     self._thread = None
-                signal.sigtimedwait((KICK,), 0)
+                _take_kick()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -163,6 +164,7 @@ class Vcpu:
             except OSError as error:
                 if error.errno != errno.EINTR:
                     raise KvmError("KVM_RUN", error.errno or 0) from None
+                _take_kick()
             else:
                 return True
         return False
@@ -236,3 +238,8 @@ class Vcpu:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _take_kick() -> None:
+    """While a kick waits for this thread KVM_RUN does nothing."""
+    signal.sigtimedwait((KICK,), 0)

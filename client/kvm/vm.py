@@ -56,7 +56,7 @@ class Vm:
         self.irqchip: Final = irqchip
         self.eoi_listeners: list[Callable[[int], None]] = []
         """Told the vector whenever a CPU ended an interrupt of an I/O APIC that is in user space."""
-        self._slots: dict[int, tuple[int, int, memoryview]] = {}
+        self._slots: dict[int, tuple[int, memoryview]] = {}
         with ExitStack() as stack:
             self._system = _open_device()
             stack.callback(os.close, self._system)
@@ -97,22 +97,23 @@ class Vm:
             raise ClientError(f"memory for {address:#x} is read-only, or empty") from None
         if (address | host | len(view)) % mmap.PAGESIZE:
             raise ClientError(f"memory for {address:#x}, {len(view):#x} bytes at {host:#x}: not whole pages")
-        slot = next(number for number in range(len(self._slots) + 1) if number not in self._used_slots())
-        flags = _abi.MEM_READONLY if read_only else 0
-        self._set_slot(slot, address, len(view), host, flags)
-        self._slots[address] = (slot, len(view), view)
+        used = {slot for slot, _ in self._slots.values()}
+        slot = next(number for number in range(len(used) + 1) if number not in used)
+        try:
+            self._set_slot(slot, address, len(view), host, _abi.MEM_READONLY if read_only else 0)
+        except KvmError:
+            view.release()
+            raise
+        self._slots[address] = (slot, view)
 
     def remove_memory(self, address: int) -> None:
         """Take back what was put there; a guest's access exits as MMIO from now on."""
         if address not in self._slots:
             raise ClientError(f"no memory was put at {address:#x}")
-        slot, _, view = self._slots[address]
+        slot, view = self._slots[address]
         self._set_slot(slot, address, 0, 0, 0)
         del self._slots[address]
         view.release()
-
-    def _used_slots(self) -> set[int]:
-        return {slot for slot, _, _ in self._slots.values()}
 
     def _set_slot(self, slot: int, address: int, length: int, host: int, flags: int) -> None:
         region = _abi.MemoryRegion(
@@ -156,9 +157,14 @@ class Vm:
         self._make("KVM_SET_GSI_ROUTING", self.fd, _abi.SET_GSI_ROUTING, argument)
 
     def signal_msi(self, address: int, data: int) -> bool:
-        """KVM_SIGNAL_MSI; whether a CPU got it (false if it is blocked)."""
+        """KVM_SIGNAL_MSI; whether a processor got it, for it may block it, or not be there."""
         argument = _abi.Msi(address_lo=address & 0xFFFF_FFFF, address_hi=address >> 32, data=data)
-        return self._make("KVM_SIGNAL_MSI", self.fd, _abi.SIGNAL_MSI, argument) > 0
+        try:
+            return self._make("KVM_SIGNAL_MSI", self.fd, _abi.SIGNAL_MSI, argument) > 0
+        except KvmError as error:
+            if error.errno == errno.EPERM:  # KVM's -1: no local APIC is meant
+                return False
+            raise
 
     def pic_state(self) -> PicState:
         """A snapshot of both 8259As; raises KvmError(ENXIO) if they are not in the kernel."""
@@ -219,7 +225,7 @@ class Vm:
     def close(self) -> None:
         """End the machine; memory that was lent is given back. Processors must have been closed."""
         self._closing.close()
-        for _, _, view in self._slots.values():
+        for _, view in self._slots.values():
             view.release()
         self._slots.clear()
 

@@ -14,7 +14,15 @@ REQUESTS = {
         *("GET_API_VERSION", "CREATE_VM", "CHECK_EXTENSION", "GET_VCPU_MMAP_SIZE", "GET_SUPPORTED_CPUID"),
         *("CREATE_VCPU", "SET_USER_MEMORY_REGION", "SET_TSS_ADDR", "CREATE_IRQCHIP", "IRQ_LINE"),
         *("GET_IRQCHIP", "SET_IRQCHIP", "SET_GSI_ROUTING", "IRQFD", "RUN", "SET_REGS", "GET_SREGS"),
-        *("SET_SREGS", "SET_SIGNAL_MASK", "SET_CPUID2", "ENABLE_CAP", "SIGNAL_MSI", "API_VERSION"),
+        *(
+            "SET_SREGS",
+            "SET_SIGNAL_MASK",
+            "SET_CPUID2",
+            "SET_MP_STATE",
+            "ENABLE_CAP",
+            "SIGNAL_MSI",
+            "API_VERSION",
+        ),
     )
 }
 NUMBERS = {
@@ -26,6 +34,7 @@ NUMBERS = {
     "KVM_IRQFD_FLAG_DEASSIGN": _abi.IRQFD_DEASSIGN,
     "KVM_IRQFD_FLAG_RESAMPLE": _abi.IRQFD_RESAMPLE,
     "KVM_MEM_READONLY": _abi.MEM_READONLY,
+    "KVM_MP_STATE_RUNNABLE": _abi.MP_STATE_RUNNABLE,
     "KVM_IOAPIC_NUM_PINS": _abi.IOAPIC_PINS,
     "KVM_EXIT_IO_OUT": _abi.RUN_IO_OUT,
 }
@@ -41,6 +50,7 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "kvm_ioapic_state": _abi.IoapicRegisters,
     "kvm_irqchip": _abi.Irqchip,
     "kvm_regs": _abi.Regs,
+    "kvm_mp_state": _abi.MpState,
     "kvm_segment": _abi.Segment,
     "kvm_sregs": _abi.Sregs,
     "kvm_cpuid2": _abi.CpuidHeader,
