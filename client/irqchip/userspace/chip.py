@@ -41,7 +41,9 @@ class InputCounters:
     triggered: int = 0
     """What its eventfds had counted when they were taken from."""
     doubled: int = 0
-    """That, less one for each time: what a single take had merged."""
+    """How many of them came before the one before was done with: what a single take had merged, and what was
+    taken while its eventfd held the input up.
+    """
     raised: int = 0
     """The input rose, whoever drove it, and no interrupt of it was pending."""
     acknowledged: int = 0
@@ -285,7 +287,7 @@ class UserspaceChip(Irqchip):
                 continue
             counters = self.counters[attachment.gsi]
             counters.triggered += count
-            counters.doubled += count - 1
+            counters.doubled += count - 1 + attachment.asserted
             attachment.asserted = True
             self._drive(attachment.gsi)
 
