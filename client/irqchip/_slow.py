@@ -24,13 +24,15 @@ class IntxCounters:
 
     `changes`: of irqchip or route that it followed; `fallbacks`: changes, and times it was enabled or
     reconnected, after which the slow path was all it had although the fast one was wanted; `triggers`:
-    interrupts heard on the slow path; `drained`: interrupts heard by nobody, because UNMASK says them again
-    or the line was given up; `ends`: UNMASK messages for the end of one.
+    interrupts heard on the slow path, of which `merged` came while one was pending; `drained`: interrupts
+    heard by nobody, because UNMASK says them again or the line was given up; `ends`: UNMASK messages for the
+    end of one.
     """
 
     changes: int = 0
     fallbacks: int = 0
     triggers: int = 0
+    merged: int = 0
     drained: int = 0
     ends: int = 0
 
@@ -102,6 +104,7 @@ class SlowPath:
 
     def _interrupted(self, count: int) -> None:
         self._counters.triggers += count
+        self._counters.merged += count - (not self.pending)
         self._again = self.pending and self._edges
         self.pending = True
         self._drive(True)
