@@ -110,7 +110,7 @@ async def test_what_was_counted_before_counts_and_what_is_merged_is_told(open_ch
             assert serve(chip) == GSI
             assert chip.acknowledge() is None
             counters = chip.counters[GSI]
-            assert (counters.triggered, counters.doubled, counters.raised) == (4, 2, 1)
+            assert (counters.triggered, counters.doubled, counters.raised) == (4, 3, 1)
             assert (counters.acknowledged, counters.ended, chip.spurious) == (1, 1, 1)
 
 
