@@ -313,10 +313,17 @@ class Nic:
             )
 
     async def run(self) -> None:
-        """Serve until cancelled: the worker thread, its reports, and the port's own background work."""
+        """Serve until cancelled: the worker thread, its reports, and the port's own background work.
+
+        If one of them fails the card is of no use any more: its client is told (ERR), then it is raised.
+        """
         self._token = trio.lowlevel.current_trio_token()
         try:
             await self._serve()
+        except Exception:
+            if self.function.report_error():
+                log.error("%s: the card failed, and its client was told (ERR)", self.name)
+            raise
         finally:
             self._token = None
 

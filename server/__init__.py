@@ -12,11 +12,13 @@ from server.listener import Listener
 
 if TYPE_CHECKING:
     from protocol.limits import SessionLimits
+    from server.releasing import Release
     from server.serving import serve
     from server.session import Session
 
 __all__ = [
     "Listener",
+    "Release",
     "ServerError",
     "Session",
     "SessionLimits",
@@ -25,7 +27,12 @@ __all__ = [
     "serve",
 ]
 
-_LATER = {"Session": "server.session", "SessionLimits": "protocol.limits", "serve": "server.serving"}
+_LATER = {
+    "Release": "server.releasing",
+    "Session": "server.session",
+    "SessionLimits": "protocol.limits",
+    "serve": "server.serving",
+}
 
 
 def __getattr__(name: str) -> Any:

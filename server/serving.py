@@ -13,6 +13,7 @@ import trio
 from device.function import PciFunction
 from protocol.limits import SessionLimits
 from server.listener import Listener
+from server.releasing import Release
 from server.session import Session
 
 __all__ = ["serve"]
@@ -36,24 +37,31 @@ async def serve(
     poll_us: int = 0,
     limits: SessionLimits | None = None,
     session: MakeStay = Session,
+    release: Release | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve each function at its path or listener until cancelled; started once all of them listen.
+
+    With ``release`` it can be ended in good order as well: it returns when all clients have let go.
 
     ``poll_us``: microseconds to spin for a client's next message before sleeping. ``session`` makes the stay
     of a client, from function and socket. A second client of a card waits until the first has left. Sockets
     are removed at the end, however it comes; the functions are left to whoever made them. Raises
     `SocketPathError` before any card is served, if one of the sockets cannot be made.
     """
+    release = release or Release()
     with contextlib.ExitStack() as sockets:
         listeners = [
             sockets.enter_context(place if isinstance(place, Listener) else Listener(place))
             for _, place in cards
         ]
         async with trio.open_nursery() as nursery:
-            for (function, _), listener in zip(cards, listeners, strict=True):
-                nursery.start_soon(_serve_card, function, listener, poll_us, limits, session)
-            task_status.started()
+            nursery.start_soon(release.relay)
+            async with trio.open_nursery() as served:
+                for (function, _), listener in zip(cards, listeners, strict=True):
+                    served.start_soon(_serve_card, function, listener, poll_us, limits, session, release)
+                task_status.started()
+            nursery.cancel_scope.cancel()
 
 
 async def _serve_card(
@@ -62,12 +70,13 @@ async def _serve_card(
     poll_us: int,
     limits: SessionLimits | None,
     session: MakeStay,
+    release: Release,
 ) -> None:
-    while True:
-        client = await listener.accept()
+    while client := await release.unless_asked(listener.accept):
         log.info("%s: client connected", function.name)
         try:
-            await session(function, client, poll_us=poll_us, limits=limits).run()
+            with release.attached(function):
+                await session(function, client, poll_us=poll_us, limits=limits).run()
         except Exception:
             # A mistake in one card's code ends one client's stay, not the other cards.
             log.exception("%s: session failed", function.name)

@@ -11,6 +11,7 @@ the rest is done here. Guarantees:
   by its own requests, and dropped after a while.
 - A handler that reads the client's memory by message before it answers sees only the answer to that; what
   the client asks for meanwhile is kept, up to a limit, and handled afterwards (see `_remote`).
+- A mistake in this program that ends the stay is told first, by the ERR interrupt.
 - However the stay ends, the function is reset with `ResetKind.LOST_CLIENT` if the client had come to terms.
   The specification would have the device's state kept for a client that comes back; but nobody can tell
   whether the next client is the same one, and a stranger must not find what another guest left behind.
@@ -94,6 +95,9 @@ class Session:
                         nursery.cancel_scope.cancel()
             if self._patience.cancelled_caught:
                 log.warning("%s: client dropped: it does not say VERSION", self._function.name)
+        except Exception:
+            self._function.report_error()
+            raise
         finally:
             self._end()
 

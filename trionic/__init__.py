@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from firmware import Nic
     from firmware.ports import PortError, open_port
     from protocol.vfio import RegionIndex
-    from server import ServerError, serve
+    from server import Release, ServerError, serve
     from trionic.config import CardConfig, ServeConfig, load_config
     from trionic.errors import ConfigError, TrionicError
     from trionic.serving import serve_cards
@@ -36,6 +36,7 @@ __all__ = [
     "PciFunction",
     "PortError",
     "RegionIndex",
+    "Release",
     "ServeConfig",
     "ServerError",
     "TrionicError",
@@ -61,6 +62,7 @@ _HOMES = {
     "PciFunction": "device.function",
     "PortError": "firmware.ports",
     "RegionIndex": "protocol.vfio",
+    "Release": "server",
     "ServeConfig": "trionic.config",
     "ServerError": "server",
     "TrionicError": "trionic.errors",

@@ -3,6 +3,7 @@
 A file holds any number of cards::
 
     poll_us = 0                     # optional: microseconds to spin before sleeping
+    release_s = 0                   # optional: seconds for guests to let go when the server is ended
     engine = "libvfio-user"         # optional, native if absent; then, optional as well:
     libvfio_user = "/opt/lib/libvfio-user.so.0"
     libvfio_user_api = "2026"       # its interface, found out if absent
@@ -41,6 +42,7 @@ __all__ = [
     "MAX_BAR2_SIZE",
     "MAX_MTU",
     "MAX_POLL_US",
+    "MAX_RELEASE_S",
     "MIN_BAR2_SIZE",
     "MIN_MTU",
     "CardConfig",
@@ -51,6 +53,7 @@ __all__ = [
     "parse_mac",
     "parse_mtu",
     "parse_poll_us",
+    "parse_release_s",
 ]
 
 DEFAULT_PORT: Final = "loopback"
@@ -66,6 +69,9 @@ MAX_BAR2_SIZE: Final = 64 << 30
 
 # Longer than a tick of the slowest usual kernel (100 Hz), spinning costs other cards more than it saves one.
 MAX_POLL_US: Final = 10_000
+
+# An hour: a guest that has not let go of a card by then is not going to, and somebody should look at it.
+MAX_RELEASE_S: Final = 3600
 
 _SIZE_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -97,6 +103,8 @@ class ServeConfig:
     """Microseconds to spin before sleeping."""
     engine: EngineConfig = NATIVE
     """Who speaks vfio-user."""
+    release_s: int = 0
+    """Seconds that clients have to let go of their cards when the server is ended; 0: none is asked."""
 
 
 def derive_mac(path: Path) -> bytes:
@@ -125,6 +133,11 @@ def parse_mtu(value: object) -> int:
 def parse_poll_us(value: object) -> int:
     """Microseconds to spin before sleeping; `ConfigError` outside 0 to `MAX_POLL_US`."""
     return _whole_number(value, "time to poll in microseconds", 0, MAX_POLL_US)
+
+
+def parse_release_s(value: object) -> int:
+    """Seconds for clients to let go; `ConfigError` outside 0 to `MAX_RELEASE_S`."""
+    return _whole_number(value, "time to let go in seconds", 0, MAX_RELEASE_S)
 
 
 def parse_bar2_size(value: object) -> int:
@@ -240,6 +253,7 @@ def _one_of(value: object, names: Sequence[str]) -> str:
 
 _TOP_KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "poll_us": parse_poll_us,
+    "release_s": parse_release_s,
     "engine": lambda value: Engine(_one_of(value, [engine.value for engine in Engine])),
     "libvfio_user": lambda value: Path(_text(value)),
     "libvfio_user_api": lambda value: _one_of(value, INTERFACES),

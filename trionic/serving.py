@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import trio
 
 from firmware.nic import Nic
 from firmware.ports import PortError, open_port
-from server import Listener, ServerError
+from server import Listener, Release, ServerError
 from trionic._groups import first_of
 from trionic.config import CardConfig, ServeConfig, derive_mac
 from trionic.engines import open_engine
@@ -19,6 +20,8 @@ from trionic.errors import TrionicError
 from trionic.log import configure
 
 __all__ = ["open_cards", "run", "serve_cards"]
+
+log = logging.getLogger("trionic.serve")
 
 # Errors that are told in one line, wherever in the tree of tasks they come up.
 _TOLD = (TrionicError, ServerError, PortError)
@@ -28,6 +31,8 @@ def run(
     settings: ServeConfig, listeners: Sequence[Listener], log_level: str, ready: Callable[[], None]
 ) -> None:
     """Serve each card at its listener until SIGINT or SIGTERM; calls ``ready`` once all can be used.
+
+    The signal ends it at once, unless ``settings.release_s`` gives the clients time to let go.
 
     Raises `TrionicError` with one line for whatever the user can mend.
     """
@@ -47,11 +52,13 @@ async def serve_cards(
     settings: ServeConfig,
     listeners: Sequence[Listener] | None = None,
     *,
+    release: Release | None = None,
     task_status: trio.TaskStatus[Sequence[Nic]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Make the cards, serve them until cancelled, and give everything back; started once all of them listen.
 
     ``listeners``, one for each card, if they were made before; else they are made at the cards' sockets.
+    ``release`` ends it when all clients have let go.
 
     Raises `PortError` or `server.ServerError`, one line each, for a port, a socket or an engine that cannot
     be had.
@@ -63,7 +70,8 @@ async def serve_cards(
             served = [(nic.function, place) for nic, place in zip(nics, places, strict=True)]
 
             async def start(task_status: trio.TaskStatus[None]) -> None:
-                await serve(served, poll_us=settings.poll_us, task_status=task_status)
+                await serve(served, poll_us=settings.poll_us, release=release, task_status=task_status)
+                nursery.cancel_scope.cancel()
 
             await nursery.start(start)
             for nic in nics:
@@ -99,10 +107,22 @@ def open_cards(cards: Sequence[CardConfig], poll_us: int = 0) -> Iterator[Sequen
 async def _serve_until_signal(
     settings: ServeConfig, listeners: Sequence[Listener], ready: Callable[[], None]
 ) -> None:
+    release = Release()
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
-            await nursery.start(serve_cards, settings, listeners)
+
+            async def serve(task_status: trio.TaskStatus[Sequence[Nic]]) -> None:
+                await serve_cards(settings, listeners, release=release, task_status=task_status)
+                nursery.cancel_scope.cancel()
+
+            await nursery.start(serve)
             ready()
             async for _ in signals:
-                nursery.cancel_scope.cancel()
-                break
+                if release.asked or not settings.release_s:
+                    nursery.cancel_scope.cancel()
+                    break
+                log.info("ending within %d s; another signal ends at once", settings.release_s)
+                nursery.cancel_scope.deadline = trio.current_time() + settings.release_s
+                release.ask()
+    if nursery.cancel_scope.cancelled_caught and trio.current_time() >= nursery.cancel_scope.deadline:
+        log.warning("clients did not let go in %d s", settings.release_s)

@@ -15,7 +15,7 @@ import trio
 import trio.testing
 
 from device.card import COMMON
-from device.function import ResetKind
+from device.function import IrqKind, ResetKind
 from device.virtio.features import Feature
 from device.virtio.net import RX_QUEUE, TX_QUEUE
 from device.virtio.transport import Status
@@ -690,3 +690,49 @@ async def test_what_a_card_sends_is_in_the_file_and_what_is_in_a_file_comes(
                 received += new
         running.cancel_scope.cancel()
     assert received == sent
+
+
+# --- errors that nobody recovers from
+
+
+class Failing(Cable):
+    """A port whose background work fails when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.broken = trio.Event()
+
+    async def run(self) -> None:
+        await self.broken.wait()
+        raise RuntimeError("a mistake in the port's code")
+
+
+@pytest.fixture
+def err() -> Iterator[int]:
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    yield fd
+    os.close(fd)
+
+
+async def test_a_card_that_fails_tells_its_client_before_anybody_else(
+    make_driver: Callable[..., Driver], err: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = Failing()
+    driver = make_driver(port)
+    driver.function.irq_set_trigger(IrqKind.ERR, 0, [err])
+    port.broken.set()
+    with pytest.raises(ExceptionGroup) as failed:
+        await driver.nic.run()
+    assert failed.group_contains(RuntimeError, match="a mistake in the port's code")
+    assert os.eventfd_read(err) == 1
+    assert "nic0: the card failed, and its client was told (ERR)" in caplog.text
+
+
+async def test_a_card_that_is_ended_reports_no_error(driver: Driver, err: int) -> None:
+    driver.function.irq_set_trigger(IrqKind.ERR, 0, [err])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(driver.nic.run)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(err)

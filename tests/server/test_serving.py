@@ -6,8 +6,8 @@ import pytest
 import trio
 
 from device.function import ResetKind
-from server import SocketBusyError, SocketPathError, serve
-from tests.server.raw import GET_INFO, connect
+from server import Session, SocketBusyError, SocketPathError, serve
+from tests.server.raw import ERR, EVENTFD, GET_INFO, SET_IRQS, TRIGGER, connect, irqs, message
 from tests.server.world import Card, World, no_fd_leaks
 
 INFO = b"\x10" + bytes(15)
@@ -64,6 +64,24 @@ async def test_nothing_is_served_unless_all_can_be(tmp_path: Path) -> None:
             await serve([(cards[0].function, tmp_path / "no" / "folder")])
         for card in cards:
             card.function.close()
+
+
+async def test_a_client_is_told_of_a_mistake_that_ends_its_stay_before_it_ends(
+    served: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(session: Session) -> None:
+        raise RuntimeError("a mistake in the server's code")
+
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    client = await served.client()
+    await client.do(SET_IRQS, irqs(EVENTFD | TRIGGER, ERR, 0, 1), [fd])
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "_work_off", fail)
+        await client.send(message(GET_INFO, INFO))
+        assert await client.hung_up()
+    assert os.eventfd_read(fd) == 1
+    os.close(fd)
+    await served.client()
 
 
 async def test_a_session_that_fails_does_not_take_the_card_away(

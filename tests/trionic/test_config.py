@@ -9,6 +9,7 @@ from trionic.config import (
     MAX_BAR2_SIZE,
     MAX_MTU,
     MAX_POLL_US,
+    MAX_RELEASE_S,
     MIN_BAR2_SIZE,
     MIN_MTU,
     CardConfig,
@@ -19,6 +20,7 @@ from trionic.config import (
     parse_mac,
     parse_mtu,
     parse_poll_us,
+    parse_release_s,
 )
 from trionic.errors import ConfigError
 
@@ -46,7 +48,7 @@ def test_a_socket_is_all_a_card_needs(file: Path) -> None:
 
 def test_every_key_is_taken(file: Path) -> None:
     file.write_text(
-        "poll_us = 50\n"
+        "poll_us = 50\nrelease_s = 30\n"
         '[[card]]\nsocket = "a.sock"\nport = "tap:name=tap0"\nmac = "02:00:00:00:00:01"\n'
         'mtu = 9000\nbar2_size = "1M"\n'
         '[[card]]\nsocket = "b.sock"\nbar2_size = 65536\noffloads = false\nmsix = false\n'
@@ -57,6 +59,7 @@ def test_every_key_is_taken(file: Path) -> None:
             CardConfig(Path("b.sock"), bar2_size=65536, offloads=False, msix=False),
         ),
         poll_us=50,
+        release_s=30,
     )
 
 
@@ -98,7 +101,7 @@ def test_an_unknown_key_is_refused_with_the_allowed_ones(file: Path) -> None:
 def test_an_unknown_key_at_the_top_is_refused(file: Path) -> None:
     assert refusal(file, '[[cards]]\nsocket = "a"\n') == "unknown key cards; did you mean [[card]]?"
     assert refusal(file, "xyz = 1") == (
-        "unknown key xyz; allowed are poll_us, engine, libvfio_user, libvfio_user_api, [[card]]"
+        "unknown key xyz; allowed are poll_us, release_s, engine, libvfio_user, libvfio_user_api, [[card]]"
     )
 
 
@@ -127,6 +130,11 @@ def test_a_wrong_time_to_poll_is_refused(file: Path) -> None:
     assert refusal(file, 'poll_us = -1\n[[card]]\nsocket = "a"').startswith("poll_us: -1 is no time to poll")
 
 
+def test_a_wrong_time_to_let_go_is_refused(file: Path) -> None:
+    said = refusal(file, 'release_s = true\n[[card]]\nsocket = "a"')
+    assert said.startswith("release_s: True is no time to let go in seconds; choose")
+
+
 def test_two_cards_cannot_share_a_socket_however_it_is_written(file: Path) -> None:
     said = refusal(file, f'[[card]]\nsocket = "a"\n[[card]]\nsocket = "{Path.cwd()}/a"\n')
     assert said.startswith("cards 1 and 2 have the same socket")
@@ -153,7 +161,11 @@ def test_sizes_are_powers_of_two_with_or_without_a_unit(text: str, size: int | N
 
 
 def test_limits_are_taken_and_one_beyond_is_refused() -> None:
-    for parse, least, most in [(parse_mtu, MIN_MTU, MAX_MTU), (parse_poll_us, 0, MAX_POLL_US)]:
+    for parse, least, most in [
+        (parse_mtu, MIN_MTU, MAX_MTU),
+        (parse_poll_us, 0, MAX_POLL_US),
+        (parse_release_s, 0, MAX_RELEASE_S),
+    ]:
         assert (parse(least), parse(most)) == (least, most)
         for beyond in (least - 1, most + 1):
             with pytest.raises(ConfigError):
@@ -175,7 +187,7 @@ def test_a_mac_is_read_as_it_is_written(mac: bytes) -> None:
 
 @given(st.text())
 def test_no_text_makes_a_parser_fail_in_another_way(text: str) -> None:
-    for parse in (parse_mac, parse_bar2_size, parse_mtu, parse_poll_us):
+    for parse in (parse_mac, parse_bar2_size, parse_mtu, parse_poll_us, parse_release_s):
         with contextlib.suppress(ConfigError):
             parse(text)
 

@@ -8,11 +8,13 @@ import stat
 from pathlib import Path
 
 import pytest
+import trio
 
 import client
 from client.virtio import Wiring, open_net
 from client.virtio.features import PLAIN, Feature
-from tests.trionic.command import refusal, run, serving, start
+from tests.server.raw import CONFIG, EVENTFD, REQ, SET_IRQS, TRIGGER, RawClient, connect, irqs
+from tests.trionic.command import PATIENCE_S, refusal, run, serving, start
 from trionic.config import derive_mac
 
 PR_CAPBSET_DROP, CAP_NET_ADMIN = 24, 12  # linux/prctl.h, linux/capability.h
@@ -148,6 +150,59 @@ async def test_many_cards_from_a_file(tmp_path: Path) -> None:
                 assert nic.mac == derive_mac(path)
 
 
+async def requested(path: Path) -> tuple[RawClient, int]:
+    """A client, and the eventfd by which it is asked to let go."""
+    fd = os.eventfd(0, os.EFD_CLOEXEC)
+    host = await connect(path)
+    (await host.negotiate()).close()
+    await host.do(SET_IRQS, irqs(EVENTFD | TRIGGER, REQ, 0, 1), [fd])
+    return host, fd
+
+
+async def test_it_ends_when_clients_that_were_asked_have_let_go(path: Path) -> None:
+    with serving("--socket", path, "--release", "3600") as served:
+        host, fd = await requested(path)
+        served.process.terminate()
+        await trio.lowlevel.wait_readable(fd)
+        assert os.eventfd_read(fd) == 1
+        await host.read(CONFIG, 0, 4)
+        host.close()
+        _, errors = served.process.communicate(timeout=PATIENCE_S)
+    assert served.process.returncode == 0
+    assert "ending within 3600 s; another signal ends at once" in errors
+    assert "card.sock: client asked to let go" in errors
+    os.close(fd)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_second_signal_ends_it_at_once(path: Path, number: int) -> None:
+    with serving("--socket", path, "--release", "3600") as served:
+        host, fd = await requested(path)
+        served.process.terminate()
+        await trio.lowlevel.wait_readable(fd)
+        assert served.end(number)[0] == 0
+        assert await host.hung_up()
+        host.close()
+    os.close(fd)
+
+
+async def test_nobody_is_asked_unless_there_is_time_to_let_go(path: Path) -> None:
+    with serving("--socket", path, "--log-level", "warning") as served:
+        host, fd = await requested(path)
+        assert served.end(signal.SIGTERM) == (0, "")
+        assert await host.hung_up()
+        host.close()
+    os.set_blocking(fd, False)
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(fd)
+    os.close(fd)
+
+
+def test_without_clients_nothing_is_waited_for(path: Path) -> None:
+    with serving("--socket", path, "--release", "3600") as served:
+        assert served.end(signal.SIGTERM)[0] == 0
+
+
 # --- refusals: one line, what to do, status 2, no traceback
 
 
@@ -228,6 +283,10 @@ def test_a_missing_file(tmp_path: Path) -> None:
             "--poll: '-1' is no time to poll in microseconds; choose a whole number from 0 to 10000",
         ),
         (
+            ("-s", "a", "--release", "soon"),
+            "--release: 'soon' is no time to let go in seconds; choose a whole number from 0 to 3600",
+        ),
+        (
             ("-s", "a", "--fd", "3"),
             "--fd is the socket of the only card; leave out --socket and --config",
         ),
@@ -250,5 +309,5 @@ def test_options_that_make_no_sense(options: tuple[str, ...], expected: str) -> 
 def test_help_teaches_by_example() -> None:
     done = run("serve", "--help")
     assert done.returncode == 0
-    for word in ("Examples:", "tap:name=tap0", "[[card]]", "READY=1", "--poll"):
+    for word in ("Examples:", "tap:name=tap0", "[[card]]", "READY=1", "--poll", "--release"):
         assert word in done.stdout

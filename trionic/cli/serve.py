@@ -24,6 +24,7 @@ from trionic.config import (
     parse_mac,
     parse_mtu,
     parse_poll_us,
+    parse_release_s,
 )
 from trionic.engines import INTERFACES, NATIVE, Engine, EngineConfig, limits
 from trionic.errors import ConfigError, TrionicError
@@ -100,6 +101,11 @@ class _Parsed(click.ParamType[Any]):
     help="Microseconds to spin for the next message before sleeping: less latency, more heat.  [default: 0]",
 )
 @click.option(
+    *("--release", "release_s"),
+    type=_Parsed("S", parse_release_s, number=True),
+    help="Seconds for guests to let go of their cards when the server is ended.  [default: 0, none is asked]",
+)
+@click.option(
     "--engine",
     type=click.Choice([engine.value for engine in Engine]),
     default=Engine.NATIVE.value,
@@ -144,6 +150,7 @@ def serve(
     no_offloads: bool,
     no_msix: bool,
     poll_us: int | None,
+    release_s: int | None,
     engine: str,
     libvfio_user: Path | None,
     libvfio_user_api: str | None,
@@ -157,6 +164,10 @@ def serve(
     is printed, then READY=1 once all of them listen. Ctrl-C or SIGTERM ends it and removes the sockets. A
     guest may leave and another come at any time; one that comes early waits until the card is free.
 
+    With --release 30 guests are asked to give their cards up before it ends, as a host kernel asks before it
+    takes a device away: QEMU unplugs the card if it sits behind a PCI Express root port. It ends when all
+    have let go, after 30 seconds, or at a second signal. With QEMU 11.1 add --no-msix.
+
     \b
     Ports:
       loopback                     every packet comes back to its sender
@@ -169,6 +180,7 @@ def serve(
       trionic serve --socket /tmp/card.sock
       trionic serve -s /tmp/a.sock -p tap:name=tap0 -s /tmp/b.sock -p tap:name=tap1
       trionic serve --config cards.toml
+      trionic serve -s /tmp/card.sock --no-msix --release 30
       trionic serve --engine libvfio-user --limits
 
     \b
@@ -194,7 +206,12 @@ def serve(
         try:
             given = [] if fd is None else [opened.enter_context(Listener.inherited(fd))]
             sockets = sockets or tuple(listener.path for listener in given)
-            settings = _settings(sockets, ports, macs, every, poll_us, chosen, config)
+            settings = _settings(sockets, ports, macs, every, chosen, config)
+            settings = replace(
+                settings,
+                poll_us=settings.poll_us if poll_us is None else poll_us,
+                release_s=settings.release_s if release_s is None else release_s,
+            )
             with _signals_held():
                 listeners = given or [opened.enter_context(Listener(card.socket)) for card in settings.cards]
         except ServerError as error:
@@ -241,7 +258,6 @@ def _settings(
     ports: tuple[str, ...],
     macs: tuple[bytes, ...],
     every: CardConfig,
-    poll_us: int | None,
     engine: EngineConfig,
     config: Path | None,
 ) -> ServeConfig:
@@ -251,8 +267,7 @@ def _settings(
             raise ConfigError(
                 "--config says which cards there are and who serves them; leave out the other options"
             )
-        settings = load_config(config)
-        return settings if poll_us is None else replace(settings, poll_us=poll_us)
+        return load_config(config)
     if not sockets:
         raise ConfigError("no card to serve; give --socket PATH, or --config FILE with [[card]] tables")
     _need_one_each("--port", ports, sockets)
@@ -266,7 +281,7 @@ def _settings(
         )
         for number, socket in enumerate(sockets)
     )
-    return ServeConfig(check_sockets(cards, "--socket"), poll_us or 0, engine)
+    return ServeConfig(check_sockets(cards, "--socket"), engine=engine)
 
 
 def _need_one_each(option: str, values: tuple[object, ...], sockets: tuple[Path, ...]) -> None:
