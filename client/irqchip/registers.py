@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final, Self
 
 PIC_INPUTS: Final = 16
@@ -45,6 +45,11 @@ class Pic8259State:
     """Inputs that are levels rather than edges."""
     elcr_mask: int = 0
     """Inputs that can be levels."""
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """From KVM's structure, which may be longer."""
+        return cls(*data[: len(fields(cls))])
 
 
 @dataclass(frozen=True, slots=True)
