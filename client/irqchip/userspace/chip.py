@@ -40,7 +40,7 @@ class InputCounters:
 
     triggered: int = 0
     """What its eventfds had counted when they were taken from."""
-    doubled: int = 0
+    merged: int = 0
     """How many of them came before the one before was done with: what a single take had merged, and what was
     taken while its eventfd held the input up.
     """
@@ -287,7 +287,7 @@ class UserspaceChip(Irqchip):
                 continue
             counters = self.counters[attachment.gsi]
             counters.triggered += count
-            counters.doubled += count - 1 + attachment.asserted
+            counters.merged += count - 1 + attachment.asserted
             attachment.asserted = True
             self._drive(attachment.gsi)
 

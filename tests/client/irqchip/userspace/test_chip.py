@@ -110,7 +110,7 @@ async def test_what_was_counted_before_counts_and_what_is_merged_is_told(open_ch
             assert serve(chip) == GSI
             assert chip.acknowledge() is None
             counters = chip.counters[GSI]
-            assert (counters.triggered, counters.doubled, counters.raised) == (4, 3, 1)
+            assert (counters.triggered, counters.merged, counters.raised) == (4, 3, 1)
             assert (counters.acknowledged, counters.ended, chip.spurious) == (1, 1, 1)
 
 
@@ -451,6 +451,6 @@ async def _play(open_chip: Open, script: list[tuple[str, int]]) -> None:
                 counters = chip.counters[gsi]
                 assert counters.raised == counters.acknowledged + counters.withdrawn + counters.resampled
                 assert counters.acknowledged == counters.ended
-                assert counters.doubled <= counters.triggered
+                assert counters.merged <= counters.triggered
             taken = sum(chip.counters[gsi].triggered for gsi in (GSI, GSI + 1))
             assert taken + sum(take(device.trigger_fd) for device in all_devices) == sum(fired)
