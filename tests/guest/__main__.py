@@ -50,7 +50,7 @@ def main() -> None:
 
 @main.command()
 def prepare() -> None:
-    """Fetch and make everything that guests need, and say where it is.
+    """Fetch and make everything that guests of every architecture need, and say where it is.
 
     Later guests start from it without network access. Running it again costs nothing; after the cache
     directory was deleted it makes everything anew.

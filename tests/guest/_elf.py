@@ -26,7 +26,7 @@ def needed_libraries(program: Path) -> list[str]:
         raise RigError(f"{program} is no 64-bit little-endian ELF file")
     try:
         return _needed(image)
-    except (struct.error, ValueError) as broken:
+    except (struct.error, ValueError, OverflowError) as broken:
         raise RigError(f"{program} is a broken ELF file: {broken}") from broken
 
 

@@ -129,7 +129,7 @@ def _make_tree(work: Path, arch: Arch, host: Path | None) -> None:
     apt = work / "apt"
     packages = PackageTree(apt, [_SUITE] if host else [_SUITE, _QEMU_SUITE], arch.debian)
     kernel = packages.dependency(f"linux-image-{arch.kernel}", _KERNEL_PACKAGE + arch.kernel)
-    _say(f"downloading {kernel} and the tools{'' if host else ', and QEMU'} (some 150 MB)")
+    _say(f"downloading {kernel} and {'the tools (some 100 MB)' if host else 'tools and QEMU (some 150 MB)'}")
     if host is None:
         packages.download(*_QEMU_PACKAGES, release=_QEMU_SUITE)
     packages.download(*_TOOL_PACKAGES, release=_SUITE)

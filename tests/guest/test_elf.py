@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.guest import RigError, Root
@@ -46,6 +46,7 @@ def test_a_script_is_no_program(tmp_path: Path) -> None:
     changes=st.dictionaries(st.integers(0, 0x400) | st.integers(0, len(PROGRAM) - 1), st.integers(0, 255)),
     length=st.just(len(PROGRAM)) | st.integers(0, len(PROGRAM)),
 )
+@example(changes={0x27: 0x80}, length=len(PROGRAM))  # where the segments are overflows C's integers
 def test_a_broken_program_is_refused_or_read_but_nothing_else(
     tmp_path: Path, changes: dict[int, int], length: int
 ) -> None:

@@ -1,8 +1,8 @@
 """A machine that changes its interrupt controller while our cards are in it: pseries, with XICS and XIVE.
 
-It starts with XICS. A guest that knows XIVE gets it while it boots (PAPR's "client architecture support", CAS),
-and a reset brings XICS back. Without KVM the notifier by which QEMU's VFIO hears of the change is an empty
-stub: the machine changes under our INTx, and QEMU sends the cards no word of it.
+It starts with XICS. A guest that knows XIVE gets it at boot (PAPR calls that "client architecture support",
+CAS), and a reset brings XICS back. Without KVM the notifier by which QEMU's VFIO hears of the change is an
+empty stub: the machine changes under our INTx, and QEMU sends the cards no word of it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ for n in 0 1; do ping -c 3 -i 0.1 -W 5 10.77.$n.1; done
 grep virtio /proc/interrupts
 if dmesg | grep -e "nobody cared" -e "Disabling IRQ"; then exit 9; fi
 """
-
 
 # A pseries guest maps its memory in pieces, and unmaps at boot whatever its firmware could have mapped.
 many_windows = pytest.mark.needs_no(Limit.DMA_WINDOWS, Limit.UNKNOWN_UNMAPS)
@@ -142,48 +141,52 @@ async def test_intx_lives_through_the_change_of_irqchip_at_boot_and_back_at_rese
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
+async def ping_in_machine(
+    mode: str,
+    kernel_args: str,
+    boot_guest: BootGuest,
+    cards: list[ServedCard],
+    expected: tuple[str, IrqKind],
+) -> str:
+    """Ping through both cards in a machine whose `ic-mode` is `mode`, and give what the guest printed.
+
+    `expected` is which interrupt controller serves them then, and by what they are wired to it.
+    """
+    async with boot_guest(
+        f"{UP_BOTH} {PINGS} tell pinged; await_host",
+        [card.socket for card in cards],
+        kernel_args=kernel_args,
+        qemu_args=["-machine", f"ic-mode={mode}", *QUICK],
+        deadline=DEADLINE,
+    ) as guest:
+        await guest.expect("pinged")
+        assert [(await irqchip(guest), card.nic.function.interrupts.active) for card in cards] == [
+            expected
+        ] * 2
+        guest.say()
+        result = await guest.wait()
+    assert result.output.count("3 received, 0% packet loss") == 2
+    return result.output
+
+
 @many_windows
 async def test_msix_works_with_the_irqchip_that_comes_at_boot(
     boot_guest: BootGuest, serve_cards: ServeCards, networks: list[Network]
 ) -> None:
-    async with serve_cards(*ports(networks)) as cards:  # noqa: SIM117
-        async with boot_guest(
-            f"{UP_BOTH} {PINGS} tell up; await_host",
-            [card.socket for card in cards],
-            qemu_args=["-machine", "ic-mode=dual", *QUICK],
-            deadline=DEADLINE,
-        ) as guest:
-            await guest.expect("up")
-            assert await irqchip(guest) == "XIVE"
-            assert [card.nic.function.interrupts.active for card in cards] == [IrqKind.MSIX] * 2
-            guest.say()
-            result = await guest.wait()
-    assert result.output.count("3 received, 0% packet loss") == 2
-    assert len(re.findall(r"MSI\S* +\d+ Edge +virtio[01]-input\.0$", result.output, re.MULTILINE)) == 2, (
-        result.output
-    )
+    async with serve_cards(*ports(networks)) as cards:
+        output = await ping_in_machine("dual", "quiet", boot_guest, cards, ("XIVE", IrqKind.MSIX))
+    received_by = re.findall(r"MSI\S* +\d+ Edge +virtio([01])-input\.0$", output, re.MULTILINE)
+    assert received_by == ["0", "1"], output
 
 
 @many_windows
 async def test_intx_works_with_xics_alone(
     boot_guest: BootGuest, serve_cards: ServeCards, networks: list[Network]
 ) -> None:
-    async with serve_cards(*ports(networks)) as cards:  # noqa: SIM117
-        async with boot_guest(
-            f"{UP_BOTH} {PINGS} tell up; await_host",
-            [card.socket for card in cards],
-            kernel_args="quiet pci=nomsi",
-            qemu_args=["-machine", "ic-mode=xics", *QUICK],
-            deadline=DEADLINE,
-        ) as guest:
-            await guest.expect("up")
-            assert await irqchip(guest) == "XICS"
-            assert [card.nic.function.interrupts.active for card in cards] == [IrqKind.INTX] * 2
-            guest.say()
-            result = await guest.wait()
-    assert result.output.count("3 received, 0% packet loss") == 2
-    served = interrupts(result.output, r"XICS +\d+ Level")
-    assert len(served) == 2, result.output
+    async with serve_cards(*ports(networks)) as cards:
+        output = await ping_in_machine("xics", "quiet pci=nomsi", boot_guest, cards, ("XICS", IrqKind.INTX))
+    served = interrupts(output, r"XICS +\d+ Level")
+    assert len(served) == 2, output
     assert min(served) > 0
 
 
