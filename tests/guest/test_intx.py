@@ -19,7 +19,7 @@ from device.function import IrqKind, MemoryBar
 from tests.guest import Card, Network, Root
 from tests.guest.cards import ServedCard
 from tests.guest.conftest import BootGuest, ServeCards
-from tests.guest.test_traffic import IPERF, received
+from tests.guest.test_traffic import IPERF, UP_BOTH, received
 
 NO_MSI = "quiet pci=nomsi"
 SIZES = [0, 1, 500, 1472, 1473, 9000, 30000]
@@ -27,19 +27,21 @@ SWITCHES = 10
 WORDS = 20
 PATTERN = 40_503_001  # so that each word differs from its neighbours in every byte
 
-# What the scripts share: the line of the card, how often it was served, the driver's coming and going.
+# What the scripts share. `check_line` fails if the kernel turned the line off, or if more than one in four of its
+# interrupts was nobody's. A few are: QEMU lets the line go at any access to a BAR, so also at one that comes
+# before the interrupt is taken.
 TOOLS = """
+function=$(basename $(card))
 line() { grep 'virtio[0-9]' /proc/interrupts; }
 count() { line | awk '{ print $2 }'; }
-function=$(basename $(card))
+check_line() {
+    if dmesg | grep -e "nobody cared" -e "Disabling IRQ"; then return 1; fi
+    set -- $(cat /proc/irq/$(line | cut -d : -f 1 | tr -d ' ')/spurious)
+    test $4 -le $(( $(count) / 4 ))
+}
 unbind() { echo $function > /sys/bus/pci/drivers/virtio-pci/unbind; }
 bind() { echo $function > /sys/bus/pci/drivers/virtio-pci/bind; }
 up() { modprobe virtio_net; dev=$(nic); ip addr add 10.77.0.2/24 dev $dev; ip link set $dev up; }
-"""
-
-# The kernel turns off a line that stays high for no reason.
-NO_COMPLAINT = """
-if dmesg | grep -e "nobody cared" -e "Disabling IRQ"; then exit 9; fi
 """
 
 
@@ -131,7 +133,7 @@ async def test_frames_of_every_size_pass_both_ways_through_either_interrupt_cont
     script = f"""{TOOLS} up; {pings}
     iperf3 -c 10.77.0.1 -n 8M -J > /tmp/up; iperf3 -c 10.77.0.1 -n 8M -R -J > /tmp/down
     tell loaded; await_host
-    cat /tmp/up; echo SPLIT; cat /tmp/down; echo SPLIT; line {NO_COMPLAINT}
+    cat /tmp/up; echo SPLIT; cat /tmp/down; echo SPLIT; line; check_line
     """
     async with (
         network.running(guest_root, "iperf3", "-s", port=IPERF),
@@ -168,8 +170,8 @@ async def test_the_driver_changes_between_msix_and_intx_while_the_host_pings(
         echo $(( (switch + 1) % 2 )) > /sys/bus/pci/devices/$function/msi_bus
         bind; up
         tell bound $(line); await_host
+        if [ $(( switch % 2 )) -eq 1 ]; then check_line; fi
     done
-    {NO_COMPLAINT}
     """
     interrupts = card.nic.function.interrupts
     async with boot_guest(script, [card.socket]) as guest, pinging(network, guest_root, card) as pings:
@@ -198,20 +200,13 @@ async def test_two_cards_share_one_line(
     boot_guest: BootGuest, serve_cards: ServeCards, make_network: Callable[..., Network], guest_root: Root
 ) -> None:
     networks = [make_network(tap=f"tap{n}", subnet=f"10.77.{n}") for n in range(2)]
-    script = f"""
-    modprobe virtio_net
-    {TOOLS}
-    for n in 0 1; do
-        dev=$(nic $n)
-        ip addr add 10.77.$(( $(cut -d: -f6 /sys/class/net/$dev/address) )).2/24 dev $dev
-        ip link set $dev up
-    done
+    script = f"""{UP_BOTH} {TOOLS}
     for n in 0 1; do ping -c 100 -i 0.005 -s 1400 10.77.$n.1 > /tmp/$n & done; wait
     cat /tmp/0 /tmp/1
     tell sent $(line); await_host
     unbind
     tell alone $(line); await_host
-    {NO_COMPLAINT}
+    check_line
     """
     ports = [f"tap:name={network.tap},netns={network.path}" for network in networks]
     async with serve_cards(*ports) as cards:
@@ -240,7 +235,7 @@ async def test_resets_and_reboots_under_traffic_leave_the_line_in_order(
     script = f"""{TOOLS} up
     ping -i 0.002 10.77.0.1 > /dev/null &
     tell busy $(line); await_host
-    {NO_COMPLAINT}
+    check_line
     if [ $BOOT -eq 2 ]; then reboot; fi
     """
     async with (
@@ -276,7 +271,7 @@ async def test_a_line_that_the_guest_disables_is_silent_and_loses_nothing(
     unbind; bind; up
     tell flowing
     await_host
-    {NO_COMPLAINT}
+    check_line
     """
     lines = card.nic.function.interrupts.lines
     async with (
@@ -289,8 +284,10 @@ async def test_a_line_that_the_guest_disables_is_silent_and_loses_nothing(
         for _ in range(2):
             guest.say()
             await guest.expect("disabled")
+            assert lines.intx_disabled
+            signals = lines.signals
             await until(lambda: lines.intx_asserted)
-            signals, frames, answers = lines.signals, card.counters["rx_frames"], len(pings.answered)
+            frames, answers = card.counters["rx_frames"], len(pings.answered)
             await until(lambda: card.counters["rx_frames"] >= frames + 20)  # noqa: B023
             assert lines.intx_asserted
             assert lines.signals == signals

@@ -67,17 +67,6 @@ async def test_a_guest_killed_in_the_middle_leaves_the_card_ready_for_the_next(
     assert "2 received, 0% packet loss" in result.output
 
 
-@pytest.mark.parametrize("arguments", ["pci=nomsi", "pci=nomsi noapic"])
-async def test_intx_alone_carries_traffic(boot_guest: BootGuest, card: ServedCard, arguments: str) -> None:
-    result = await boot_guest(
-        f"{UP} ping -c 20 -i 0.05 -W 2 10.77.0.1; grep virtio /proc/interrupts",
-        [card.socket],
-        kernel_args=f"quiet {arguments}",
-    )
-    assert "20 received, 0% packet loss" in result.output
-    assert "MSI" not in result.output
-
-
 async def test_the_card_is_unplugged_and_plugged_in_twenty_times(
     boot_guest: BootGuest, serve_cards: ServeCards, network: Network
 ) -> None:
