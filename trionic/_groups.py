@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["first_of"]
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["first_of", "ungrouped"]
 
 
 def first_of(
@@ -15,3 +18,19 @@ def first_of(
     while isinstance(first, BaseExceptionGroup):
         first = first.exceptions[0]
     return first
+
+
+@contextmanager
+def ungrouped(*kinds: type[BaseException]) -> Iterator[None]:
+    """Raise the first error of a group by itself, and Ctrl-C as KeyboardInterrupt. A group with an error of
+    none of these kinds is raised whole.
+    """
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        if group.subgroup(KeyboardInterrupt):
+            raise KeyboardInterrupt from group
+        first = first_of(group, kinds)
+        if first is None:
+            raise
+        raise first from None

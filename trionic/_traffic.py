@@ -60,7 +60,8 @@ class Traffic:
         self._waiting: set[int] = set()
         self._room = trio.Event()
         self._quiet = trio.Event()
-        self._begun = trio.Event()
+        self._more = trio.Event()
+        self._wanted = 0
         self._ending = False
 
     async def send(self) -> None:
@@ -91,7 +92,8 @@ class Traffic:
     def _take(self, number: int) -> None:
         frames = self._frames
         frames.received += 1
-        self._begun.set()
+        if frames.received >= self._wanted:
+            self._more.set()
         if number not in self._waiting:
             frames.doubled += 1
             return
@@ -101,13 +103,18 @@ class Traffic:
         self._expected = number + 1
 
     async def wait_begun(self) -> None:
-        """Until the first frame came back."""
+        """Until the first frame came back; ClientError if none does."""
+        if not await self.wait_more(1):
+            raise client.ClientError(
+                "no frame comes back: only a card whose port is a loopback can be counted under traffic"
+            )
+
+    async def wait_more(self, count: int) -> bool:
+        """Until so many further frames came back; whether they did within `GRACE_S`."""
+        self._more, self._wanted = trio.Event(), self._frames.received + count
         with trio.move_on_after(GRACE_S):
-            await self._begun.wait()
-            return
-        raise client.ClientError(
-            "no frame comes back: only a card whose port is a loopback can be counted under traffic"
-        )
+            await self._more.wait()
+        return self._more.is_set()
 
     async def end(self) -> None:
         """Send no more, and wait for what is under way."""

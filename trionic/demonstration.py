@@ -21,6 +21,7 @@ from protocol import Command
 from protocol.messages import DmaMap
 from protocol.vfio import DmaMapFlags, RegionIndex
 from trionic.migrating import travel
+from trionic.rewiring import rewire
 
 __all__ = ["ACTS", "Act", "DemoError", "Done", "Stage"]
 
@@ -37,6 +38,7 @@ ROUND_TRIPS: Final = 3
 BURST: Final = 64
 """Frames under way at a time: fewer than a receive queue holds, so that none is lost."""
 FRAME_SIZE: Final = 1514
+IRQCHIP_CHANGES: Final = 100
 CONTROL_WRITES: Final = 4
 PAGE: Final = 4096
 
@@ -175,6 +177,19 @@ async def _intx(stage: Stage) -> Done:
     return await _packets(stage, FRAMES, wiring=Wiring.INTX)
 
 
+async def _irqchips(stage: Stage) -> Done:
+    tally = await rewire(stage.card, IRQCHIP_CHANGES)
+    _check(tally.sound, f"{tally.lost} frames lost, {tally.doubled} doubled on the way")
+    lost, doubled = tally.interrupts_lost, tally.interrupts_doubled
+    _check(not (lost or doubled), f"{lost} interrupts lost, {doubled} doubled on the way")
+    middle, longest = tally.dark_ms
+    remark = (
+        f"{tally.signalled} interrupts sent, {tally.delivered} delivered, {tally.repeated} said again for a"
+        f" change, {lost} lost, {doubled} doubled; line dark {middle:.1f} ms, {longest:.1f} ms at most"
+    )
+    return Done(tally.changes, "changes", remark)
+
+
 async def _messages_alone(stage: Stage) -> Done:
     return await _packets(stage, MESSAGE_FRAMES, shared=False, doorbells="message")
 
@@ -242,6 +257,7 @@ ACTS: Final = (
     Act("DMA map", _dma_map),
     Act("packets with MSI-X", _msix),
     Act("packets with INTx", _intx),
+    Act("INTx, changing irqchips", _irqchips),
     Act("packets by message", _messages_alone),
     Act("migration", _migration),
     Act("reset", _reset),

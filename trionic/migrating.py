@@ -23,7 +23,7 @@ import client
 from client.migration import MigrationReport
 from client.virtio import Wiring, open_net
 from protocol.vfio import RegionFlags, RegionIndex
-from trionic._groups import first_of
+from trionic._groups import ungrouped
 from trionic._traffic import Frames, Traffic
 from trionic.errors import ONE_CLIENT, TrionicError
 
@@ -107,15 +107,8 @@ async def travel(
     nothing back, or if a move fails or takes longer than `PATIENCE_S`: the card is where it was before that
     move then. Ctrl-C is raised as KeyboardInterrupt, never in a group.
     """
-    try:
+    with ungrouped(client.ClientError):
         return await _travel(source, target, rounds, precopy, wiring, progress)
-    except BaseExceptionGroup as group:
-        if group.subgroup(KeyboardInterrupt):
-            raise KeyboardInterrupt from group
-        first = first_of(group, (client.ClientError,))
-        if first is None:
-            raise
-        raise first from None
 
 
 async def _travel(

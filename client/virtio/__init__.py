@@ -1,5 +1,6 @@
 """A driver for virtio network cards over the modern PCI transport."""
 
+from client.virtio._attachment import Slot as Slot
 from client.virtio._attachment import Wiring as Wiring
 from client.virtio.control import ControlError as ControlError
 from client.virtio.control import RxMode as RxMode

@@ -15,6 +15,8 @@ import trio
 
 from client.errors import ClientError, DeviceError
 from client.interrupts import Interrupt, IntxLine, intx, msix
+from client.irqchip.intx import Intx, open_intx
+from client.irqchip.processor import Processor
 from client.pci import Command, ConfigSpace, PciControl, read_config
 from client.session import Session
 from client.virtio.transport import NO_VECTOR, Doorbells, Isr, VirtioPci, plan_vectors
@@ -31,6 +33,16 @@ class Wiring(Enum):
 
     MSIX = "msix"
     INTX = "intx"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a card is plugged in: slot `number` of the root bus of a machine whose irqchip may change, and
+    the processor that takes the card's INTx there.
+    """
+
+    cpu: Processor
+    number: int = 0
 
 
 async def quietly(function: Callable[P, Awaitable[None]], *args: P.args, **kwargs: P.kwargs) -> None:
@@ -59,16 +71,20 @@ class Attachment:
     doorbells: Doorbells
     config: ConfigSpace
     transport: VirtioPci
+    slot: Slot | None = None
     interrupts: tuple[Interrupt, ...] = ()
+    line: Intx | None = None
     vectors: tuple[int, list[int]] = (NO_VECTOR, [])
+    _holding: trio.CancelScope = field(default_factory=trio.CancelScope)
+    _released: trio.Event = field(default_factory=trio.Event)
     _listening: trio.CancelScope = field(default_factory=trio.CancelScope)
     _silent: trio.Event | None = None
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     @classmethod
-    async def open(cls, session: Session, wiring: Wiring, doorbells: Doorbells) -> Self:
+    async def open(cls, session: Session, wiring: Wiring, doorbells: Doorbells, slot: Slot | None) -> Self:
         """Find the registers and let the device reach memory; raises DeviceError if it has no such
-        registers.
+        registers. With `slot` INTx goes through that machine's irqchip.
         """
         config = await read_config(session)
         transport = VirtioPci(session, config, map_doorbells=doorbells == "mapped")
@@ -85,15 +101,21 @@ class Attachment:
         except BaseException:
             transport.close()
             raise
-        attachment = cls(session, wiring, doorbells, config, transport)
+        attachment = cls(session, wiring, doorbells, config, transport, slot)
         attachment._stack.enter_context(transport)
         return attachment
 
-    async def wire(self, queues: int) -> None:
-        """Wire the interrupts of so many queues; raises ClientError if there are too few vectors."""
+    async def wire(self, queues: int, nursery: trio.Nursery) -> None:
+        """Wire the interrupts of so many queues, with a task of `nursery` for what an irqchip needs. Raises
+        ClientError if there are too few vectors, or no INTx.
+        """
         if self.wiring is Wiring.INTX:
             self.vectors = NO_VECTOR, [NO_VECTOR] * queues
-            self.interrupts = (await self._stack.enter_async_context(intx(self.session)),)
+            if self.slot is None:
+                self.interrupts = (await self._stack.enter_async_context(intx(self.session)),)
+                return
+            self.line = await nursery.start(self._hold_line, self.slot)
+            self._stack.push_async_callback(self._release_line)
             return
         self.vectors = _plan(self.session, queues)
         pci = PciControl(self.session, self.config)
@@ -101,6 +123,21 @@ class Attachment:
         self._stack.push_async_callback(quietly, pci.set_msix, enabled=False)
         count = max(self.vectors[0], *self.vectors[1]) + 1
         self.interrupts = await self._stack.enter_async_context(msix(self.session, count))
+
+    async def _hold_line(self, slot: Slot, task_status: trio.TaskStatus[Intx]) -> None:
+        try:
+            with self._holding:
+                async with open_intx(self.session, slot.cpu.controller, slot=slot.number) as line:
+                    await line.enable()
+                    task_status.started(line)
+                    await trio.sleep_forever()
+        finally:
+            self._released.set()
+
+    async def _release_line(self) -> None:
+        self._holding.cancel()
+        with trio.CancelScope(shield=True):
+            await self._released.wait()
 
     def check_fits(self, session: Session) -> None:
         """Raises DeviceError if the device behind another session has not the vectors that are set here."""
@@ -117,6 +154,10 @@ class Attachment:
             with self._listening:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._hear, self._listen_session, listener)
+                    if self.slot is not None and self.line is not None:
+                        nursery.start_soon(
+                            self._hear, partial(self._handle, self.slot.cpu, self.line), listener
+                        )
                     for interrupt in self.interrupts:
                         listen = self._intx if isinstance(interrupt, IntxLine) else self._msix
                         nursery.start_soon(self._hear, partial(listen, interrupt), listener)
@@ -145,12 +186,32 @@ class Attachment:
         """
         count = 0
         while True:
-            isr = await self.transport.isr()
-            listener.interrupted(range(len(self.vectors[1])) if Isr.QUEUE in isr else (), count)
-            if Isr.CONFIG in isr:
-                await listener.config_changed()
+            await self._service(listener, count)
             await line.unmask()
             count = await line.wait()
+
+    async def _handle(self, cpu: Processor, line: Intx, listener: Listener) -> None:
+        """As `_intx`, where the processor calls and the irqchip sees to the unmasking."""
+
+        async def handler() -> bool:
+            try:
+                return bool(await self._service(listener, 1))
+            except ClientError as error:
+                listener.failed(error)
+                return False
+
+        assert line.line is not None
+        with cpu.handling(line.line, handler):
+            await self._service(listener, 0)
+            await trio.sleep_forever()
+
+    async def _service(self, listener: Listener, count: int) -> Isr:
+        """Pass on what the ISR says, on behalf of so many interrupts."""
+        isr = await self.transport.isr()
+        listener.interrupted(range(len(self.vectors[1])) if Isr.QUEUE in isr else (), count)
+        if Isr.CONFIG in isr:
+            await listener.config_changed()
+        return isr
 
     async def _listen_session(self, listener: Listener) -> None:
         """No interrupt comes when the server is gone."""

@@ -23,10 +23,11 @@ import trio
 from client._nursery import background
 from client.dma import DmaMemory, dma_memory, mapped_in
 from client.errors import ClientError, DeviceError
+from client.irqchip import Intx
 from client.migration import MigrationReport, migrate
 from client.session import Session
 from client.virtio import _queues
-from client.virtio._attachment import Attachment, Listener, Wiring, quietly
+from client.virtio._attachment import Attachment, Listener, Slot, Wiring, quietly
 from client.virtio._queues import CTRL, RX, TX, QueuePlan, Queues, plan_queues
 from client.virtio._ring import ReceiveRing, TransmitRing
 from client.virtio._signal import Signal
@@ -244,6 +245,11 @@ class NetDriver:
         """The session whose device this drives."""
         return self._attachment.session
 
+    @property
+    def line(self) -> Intx | None:
+        """The card's INTx where it goes through an irqchip."""
+        return self._attachment.line
+
     async def share_with(self, session: Session) -> None:
         """Map the driver's memory in another session too, at the same addresses, until `open_net` ends;
         raises as `dma_memory` does.
@@ -265,9 +271,9 @@ class NetDriver:
         async with self._changing:
             old = self._attachment
             old.check_fits(session)
-            new = await Attachment.open(session, old.wiring, old.doorbells)
+            new = await Attachment.open(session, old.wiring, old.doorbells, old.slot)
             try:
-                await new.wire(len(self._doorbells))
+                await new.wire(len(self._doorbells), self._nursery)
                 doorbells = [await new.transport.doorbell(queue) for queue in range(len(self._doorbells))]
             except BaseException:
                 await new.close()
@@ -448,6 +454,7 @@ async def open_net(
     session: Session,
     *,
     wiring: Wiring = Wiring.MSIX,
+    slot: Slot | None = None,
     features: Feature = PLAIN,
     queue_size: int = 256,
     slot_size: int = 2048,
@@ -456,13 +463,15 @@ async def open_net(
 ) -> AsyncIterator[NetDriver]:
     """Find the card behind a session, start it and drive it until the block ends.
 
+    With `slot` its INTx goes through the irqchip of a machine (`client.irqchip`), else straight to the
+    driver.
     `features` are those to take if offered; `queue_size` is the most descriptors of a queue, `slot_size`
     the bytes of one buffer; `doorbells` says how queues are notified, and `shared` whether the card may map
     their memory or reaches it by messages alone. Raises DeviceError if it is no modern virtio network card
     or lacks the interrupts or doorbells, ServerError if the server refuses something.
     """
     async with AsyncExitStack() as stack:
-        attachment = await Attachment.open(session, wiring, doorbells)
+        attachment = await Attachment.open(session, wiring, doorbells, slot)
         stack.push_async_callback(attachment.close)
         transport = attachment.transport
         await transport.reset()
@@ -473,8 +482,8 @@ async def open_net(
         mtu = struct.unpack_from("<H", raw, 10)[0] if Feature.MTU in taken else None
         plan = await plan_queues(transport, taken, queue_size, slot_size, mtu)
         memory = await stack.enter_async_context(dma_memory(session, plan.memory, shared=shared))
-        await attachment.wire(3 if plan.ctrl_size else 2)
         nursery = await stack.enter_async_context(background())
+        await attachment.wire(3 if plan.ctrl_size else 2, nursery)
         driver = NetDriver(attachment, memory, plan, taken, nursery)
         try:
             await driver.reset()

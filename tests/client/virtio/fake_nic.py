@@ -16,6 +16,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from errno import EINVAL
 
+import trio
+
 import client
 from client._nursery import background
 from tests.client import peer as wire
@@ -104,6 +106,9 @@ class FakeNic:
         self.windows: dict[int, tuple[int, mmap.mmap]] = {}
         self.msix: dict[int, int] = {}
         self.intx_fd, self.intx_masked, self.isr = -1, False, 0
+        self.unmask_fd = -1
+        self._unmask_heard = trio.CancelScope()
+        self.hearing: trio.Nursery
         self.mover: FakeMover | None = None
         """Migration's commands go there, if there is one."""
         self.origin: FakeNic | None = None
@@ -308,6 +313,12 @@ class FakeNic:
             self.msix.update(zip(range(start, start + count), message.fds, strict=True))
         elif flags == 0x24 and index == 0:
             (self.intx_fd,) = message.fds
+            self.intx_masked = False
+            self._level()
+        elif flags == 0x14 and index == 0:
+            self._let_go_unmask()
+            (self.unmask_fd,) = message.fds
+            self.hearing.start_soon(self._hear_unmask, self.unmask_fd)
         elif flags == 0x21 and count == 0:
             for fd in self.msix.values():
                 os.close(fd)
@@ -315,11 +326,30 @@ class FakeNic:
             if self.intx_fd >= 0:
                 os.close(self.intx_fd)
             self.intx_fd = -1
+            self._let_go_unmask()
+        elif flags == 0x09 and index == 0:
+            self.intx_masked = True
         elif flags == 0x11 and index == 0:
-            self.intx_masked = False
-            self._level()
+            self._unmask()
         else:
             raise AssertionError(f"SET_IRQS {flags:#x} of {index}")
+
+    def _unmask(self) -> None:
+        self.intx_masked = False
+        self._level()
+
+    async def _hear_unmask(self, fd: int) -> None:
+        with trio.CancelScope() as self._unmask_heard:
+            while True:
+                await trio.lowlevel.wait_readable(fd)
+                os.eventfd_read(fd)
+                self._unmask()
+
+    def _let_go_unmask(self) -> None:
+        self._unmask_heard.cancel()
+        if self.unmask_fd >= 0:
+            os.close(self.unmask_fd)
+            self.unmask_fd = -1
 
     @property
     def stopped(self) -> bool:
@@ -422,6 +452,7 @@ async def session_with_nic(nic: FakeNic) -> AsyncIterator[client.Session]:
     ours, theirs = socket.socketpair()
     try:
         async with background() as nursery:
+            nic.hearing = nursery
             nursery.start_soon(nic.serve, Peer(theirs))
             async with client.over_socket(ours) as session:
                 yield session
