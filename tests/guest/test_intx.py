@@ -27,9 +27,9 @@ SWITCHES = 10
 WORDS = 20
 PATTERN = 40_503_001  # so that each word differs from its neighbours in every byte
 
-# What the scripts share. `check_line` fails if the kernel turned the line off, or if more than one in four of its
-# interrupts was nobody's. A few are: QEMU lets the line go at any access to a BAR, so also at one that comes
-# before the interrupt is taken.
+# What the scripts share. `check_line` fails if the kernel turned the line off, or if more than one in four of
+# its interrupts was nobody's. A few are: QEMU lets the line go at any access to a BAR, so also at one that
+# comes before the interrupt is taken.
 TOOLS = """
 function=$(basename $(card))
 line() { grep 'virtio[0-9]' /proc/interrupts; }
