@@ -301,8 +301,10 @@ async def boot(
     with ExitStack() as stack:
         near, far = _socket_pairs(stack, 5)
         monitor, channel, console, output, stderr = near
-        initrd = stack.enter_context(tempfile.NamedTemporaryFile(prefix="trionic-initramfs-"))
-        _write_initrd(initrd, root, script, files or {})
+        # It has no name: a killed run leaves nothing of it behind.
+        initrd = stack.enter_context(tempfile.TemporaryFile())
+        await trio.to_thread.run_sync(_write_initrd, initrd, root, script, files or {})
+        inherited = [*(end.fileno() for end in far[:4]), initrd.fileno()]
         command = [
             # A killed test run takes its guests with it.
             *("setpriv", "--pdeathsig", "KILL", "--"),
@@ -315,9 +317,9 @@ async def boot(
                 memory=memory,
                 kernel_args=kernel_args,
                 shared=shared,
-                initrd=Path(initrd.name),
+                initrd=Path(f"/proc/self/fd/{initrd.fileno()}"),
             ),
-            *serial_arguments([end.fileno() for end in far[:4]]),
+            *serial_arguments(inherited[:4]),
             *tap_arguments(taps),
             *card_arguments(sockets),
             *qemu_args,
@@ -329,7 +331,7 @@ async def boot(
             stdin=subprocess.DEVNULL,
             stdout=far[4].fileno(),
             stderr=far[4].fileno(),
-            pass_fds=[end.fileno() for end in far[:4]],
+            pass_fds=inherited,
         )
         stack.callback(_end, process)
         for end in far:
