@@ -22,6 +22,7 @@ from tests.conformance.mutations import (
     WRITE_MULTI,
     AnswersPosted,
     AsCommand,
+    Bashful,
     ErrorWithPayload,
     Forsaken,
     Fragile,
@@ -192,6 +193,10 @@ LIES: dict[str, type[Honest]] = {
     "does not disable": swallowing(
         lambda message: message.command == SET_IRQS and message.payload[16:20] == bytes(4)
     ),
+    "forgets the eventfd that unmasks": swallowing(
+        lambda message: message.command == SET_IRQS and flags_of(message) == 0x14
+    ),
+    "masks its own tests": Bashful,
     "does not write": swallowing(lambda message: message.command == WRITE),
     "does not reset": swallowing(lambda message: message.command == RESET),
     "does not write many": swallowing(lambda message: message.command == WRITE_MULTI),

@@ -69,6 +69,22 @@ class Swallowing(Honest):
         return () if message.flags & NO_REPLY else (message.granted(payload),)
 
 
+class Bashful(Swallowing):
+    """Takes a mask for the tests by TRIGGER too: grants them, and does nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masked = False
+
+    def swallows(self, message: Message) -> bool:
+        if message.command != SET_IRQS:
+            return False
+        flags = int.from_bytes(message.payload[4:8], "little")
+        if flags & 0x18:  # MASK, UNMASK
+            self.masked = bool(flags & 0x8)
+        return self.masked and flags == 0x21  # DATA_NONE, TRIGGER
+
+
 def refusing(*commands: int) -> type[Honest]:
     return type("Refusing", (Refusing,), {"commands": commands})
 

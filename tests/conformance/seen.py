@@ -75,6 +75,11 @@ SEEN: dict[str, tuple[str, ...]] = {
         "io-fds.flags",
         "io-fds.small-argsz",
         "irq-info.too-small-argsz",
+        "irq-kinds.one-at-a-time",
+        "irq-kinds.not-maskable",
+        "irq-kinds.mask-by-descriptor",
+        "irq-kinds.intx-unwired",
+        "irq-kinds.unmask-descriptor-of-others",
         "region-read.of-too-much",
         "region-read.offset-wraps",
         "region-read.no-such-region",
@@ -287,6 +292,7 @@ SEEN: dict[str, tuple[str, ...]] = {
         "set-irqs.one-action",
         "set-irqs.beyond-index",
         "set-irqs.small-argsz",
+        "irq-kinds.beside-errors",
     ),
     "does not unwire": (
         "commands.too-short",
@@ -299,6 +305,8 @@ SEEN: dict[str, tuple[str, ...]] = {
         "set-irqs.disable",
         "set-irqs.every-kind",
     ),
+    "forgets the eventfd that unmasks": ("irq-kinds.unmask-descriptor-is-read",),
+    "masks its own tests": ("irq-kinds.trigger-passes-the-mask",),
     "does not write": (
         "region-write.read-back",
         "region-write.outside",
