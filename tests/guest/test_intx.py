@@ -238,6 +238,7 @@ async def test_resets_and_reboots_under_traffic_leave_the_line_in_order(
     check_line
     if [ $BOOT -eq 2 ]; then reboot; fi
     """
+    lines = card.nic.function.interrupts.lines
     async with (
         boot_guest(script, [card.socket], kernel_args=NO_MSI) as guest,
         pinging(network, guest_root, card) as pings,
@@ -247,7 +248,11 @@ async def test_resets_and_reboots_under_traffic_leave_the_line_in_order(
             assert guest.boots == boot
             await pings.flow()
             if boot == 1:
+                # While the processor stands still, an interrupt is under way for sure.
+                await guest.qmp("stop")
+                await until(lambda: lines.intx_asserted and lines.intx_masked)
                 await guest.reset()
+                await guest.qmp("cont")
             else:
                 guest.say()
         await guest.wait()
