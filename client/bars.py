@@ -163,25 +163,28 @@ class Bar:
         """A number at an offset; raises ServerError where the device refuses it."""
         if (mapping := self._mapped(offset, width)) is not None:
             return mapping.read(offset, width)
-        value = int.from_bytes(await self.session.region_read(self.index, offset, width), sys.byteorder)
-        self._trapping.accessed()
-        return value
+        number = self._trapping.begin()
+        data = await self.session.region_read(self.index, offset, width)
+        self._trapping.done(number)
+        return int.from_bytes(data, sys.byteorder)
 
     async def write(self, offset: int, width: Width, value: int) -> None:
         """Write a number and know that the device has it."""
         if (mapping := self._mapped(offset, width)) is not None:
             mapping.write(offset, width, value)
             return
+        number = self._trapping.begin()
         await self.session.region_write(self.index, offset, value.to_bytes(width, sys.byteorder))
-        self._trapping.accessed()
+        self._trapping.done(number)
 
     def post(self, offset: int, width: Width, value: int) -> None:
         """Write a number without waiting: a store where mapped, else a posted write."""
         if (mapping := self._mapped(offset, width)) is not None:
             mapping.write(offset, width, value)
             return
+        number = self._trapping.begin()
         self.session.post_write_now(self.index, offset, value.to_bytes(width, sys.byteorder))
-        self._trapping.accessed()
+        self._trapping.done(number)
 
     def close(self) -> None:
         """Unmap."""

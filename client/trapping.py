@@ -17,21 +17,30 @@ class Trapping:
 
     def __init__(self) -> None:
         self.mapped = True
-        self._subscribers: list[Callable[[], None]] = []
+        self.begun = 0
+        """How many accesses have begun; the number of the last one."""
+        self._subscribers: list[Callable[[int], None]] = []
 
     def __len__(self) -> int:
         return len(self._subscribers)
 
     @contextmanager
-    def subscribed(self, subscriber: Callable[[], None]) -> Iterator[None]:
-        """Call `subscriber` after each access of a `client.Bar` by message, until the block ends."""
+    def subscribed(self, subscriber: Callable[[int], None]) -> Iterator[None]:
+        """Call `subscriber` with its number after each access of a `client.Bar` by message, until the block
+        ends.
+        """
         self._subscribers.append(subscriber)
         try:
             yield
         finally:
             self._subscribers.remove(subscriber)
 
-    def accessed(self) -> None:
-        """A BAR was accessed: a read is answered, a write as well or, if it is posted, on its way."""
+    def begin(self) -> int:
+        """A BAR is about to be accessed by message; the number of this access."""
+        self.begun += 1
+        return self.begun
+
+    def done(self, number: int) -> None:
+        """It was: a read is answered, a write as well or, if it is posted, on its way."""
         for subscriber in tuple(self._subscribers):
-            subscriber()
+            subscriber(number)

@@ -55,8 +55,7 @@ class SlowPath:
         self._counters: Final = counters
         self._drive: Final = drive
         self._unmask: Final = unmask
-        self._edges = False
-        self._again = False
+        self._heard_at = 0  # the number of the last access that began before the last interrupt was heard
         self._listening = trio.CancelScope()
         self._trapping = Trapping()
         self._subscription = ExitStack()
@@ -75,12 +74,9 @@ class SlowPath:
         self._trapping.mapped = True
         self._subscription.close()
 
-    def listen(self, fd: int, *, edges: bool) -> None:
-        """Hear of interrupts by this eventfd, from those on that it has counted. With `edges` the device does
-        not mask itself, and may say something while an interrupt is pending.
-        """
+    def listen(self, fd: int) -> None:
+        """Hear of interrupts by this eventfd, from those on that it has counted."""
         self.deafen()
-        self._edges = edges
         self._listening = trio.CancelScope()
         self._nursery.start_soon(self._hear, fd, self._listening)
 
@@ -91,7 +87,7 @@ class SlowPath:
     def clear(self) -> bool:
         """Forget the interrupt that is pending, and the UNMASK that is owed; whether one was pending."""
         pending, self.pending = self.pending, False
-        self._again = self.owed = False
+        self.owed = False
         self._drive(False)
         return pending
 
@@ -105,8 +101,8 @@ class SlowPath:
     def _interrupted(self, count: int) -> None:
         self._counters.triggers += count
         self._counters.merged += count - (not self.pending)
-        self._again = self.pending and self._edges
         self.pending = True
+        self._heard_at = self._trapping.begun
         self._drive(True)
         self._quiet_from = trio.current_time() + INTX_MAPPINGS_OFF
         if self._trapping.mapped:
@@ -124,13 +120,12 @@ class SlowPath:
                     trapping.mapped = True
                     return
 
-    def _accessed(self) -> None:
-        if not self.pending:
-            return
-        self._drive(False)
-        # Of an edge that came meanwhile nobody knows whether the access was late enough to see its reason.
-        self.pending, self._again = self._again, False
-        if self.pending:
-            self._drive(True)
-        self.owed = True
-        self._nursery.start_soon(self._unmask)
+    def _accessed(self, number: int) -> None:
+        """End what is pending, unless the access was under way already when that was heard: it may have been
+        too early to see the reason, and the driver, whose line stays high, comes again.
+        """
+        if self.pending and number > self._heard_at:
+            self.pending = False
+            self.owed = True
+            self._drive(False)
+            self._nursery.start_soon(self._unmask)

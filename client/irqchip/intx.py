@@ -107,7 +107,7 @@ class Intx:
             require(self.session, IrqIndex.INTX, 1)
             self.trigger_fd = make_eventfd()
             self.enabled = True
-            self._listen()
+            self._slow.listen(self.trigger_fd)
             try:
                 await self._wire(requests)
             except BaseException:
@@ -138,7 +138,7 @@ class Intx:
                         await requests.unwire()
                 self.session = session
                 self._forget(taken=taken)
-                self._listen()
+                self._slow.listen(self.trigger_fd)
                 await self._wire(IntxRequests(session))
             self.session = session
 
@@ -221,7 +221,7 @@ class Intx:
     async def _take_bypass(self, requests: IntxRequests) -> bool:
         """vfio_intx_enable_kvm: take the fast path where there is one. Whether the server was told."""
         chip = self._controller.chip
-        if not self._wants_bypass or self.route.mode is not IntxMode.ENABLED:
+        if not (self._wants_bypass and self._masks_itself) or self.route.mode is not IntxMode.ENABLED:
             return False
         if not chip.resample:
             self._failed(ClientError(f"irqchip {chip.name} does not tell the end of an interrupt"))
@@ -236,14 +236,14 @@ class Intx:
                 self._bypass = Bypass(chip, self.route.gsi, self.trigger_fd)
                 await requests.wire_unmask(self._bypass.resample_fd)
             else:  # this line is being told, which waits for us
-                self._listen()
+                self._slow.listen(self.trigger_fd)
             await requests.unmask()
         except BaseException as error:
             self._failed(error)
             self.counters.fallbacks += 1
             if self._detach():
                 self._forget(taken=True)
-            self._listen()
+            self._slow.listen(self.trigger_fd)
             await self._attempt(requests.unmask())
             if not isinstance(error, (ClientError, OSError)):
                 raise
@@ -259,9 +259,9 @@ class Intx:
         masked = await self._attempt(requests.mask())
         self._slow.clear()
         self._detach()
-        if masked or not self._masks_itself:
+        if masked:
             self._forget(taken=True)
-        self._listen()
+        self._slow.listen(self.trigger_fd)
         await self._attempt(requests.unmask())
         return True
 
@@ -279,9 +279,6 @@ class Intx:
             self.trigger_fd = -1
             self.enabled = False
 
-    def _listen(self) -> None:
-        self._slow.listen(self.trigger_fd, edges=not self._masks_itself)
-
     def _detach(self) -> bool:
         """Take the eventfds out of the irqchip; whether they were in one."""
         bypass, self._bypass = self._bypass, None
@@ -294,10 +291,10 @@ class Intx:
         return True
 
     def _forget(self, *, taken: bool) -> None:
-        """What was signalled so far must not be heard beside what UNMASK will signal again.
+        """What was signalled so far must not be heard beside what UNMASK, or new wiring, will signal again.
 
-        A device that does not mask itself signals every reason once. So it keeps what it has signalled, and
-        gets back what was `taken` and may not have reached a CPU.
+        A device that does not mask itself signals every reason once. What it has signalled stays, and what
+        was `taken` and may not have reached a CPU goes back.
         """
         if self._masks_itself:
             self.counters.drained += take(self.trigger_fd)
@@ -306,6 +303,9 @@ class Intx:
 
     @property
     def _masks_itself(self) -> bool:
+        """Whether the line is a level, which UNMASK tells of again. Without that the fast path loses what is
+        signalled before the end of an interrupt, for that takes the input down.
+        """
         return IrqInfoFlags.AUTOMASKED in self.session.irqs[IrqIndex.INTX].flags
 
     async def _attempt(self, request: Awaitable[None]) -> bool:
@@ -330,8 +330,9 @@ async def open_intx(
     """The INTx line of the device in this slot of the root bus, not enabled yet; it is disabled at the end of
     the block. It follows the controller for exactly as long, if the device has an interrupt pin.
 
-    `bypass=False` keeps it on the slow path (QEMU's x-no-kvm-intx). Raises ClientError for a pin that is
-    none, DeviceError without configuration space, and as `Session.request` does.
+    `bypass=False` keeps it on the slow path (QEMU's x-no-kvm-intx), where a device that does not mask itself
+    (AUTOMASKED) always is. Raises ClientError for a pin that is none, DeviceError without configuration
+    space, and as `Session.request` does.
     """
     pin = (await read_config(session)).interrupt_pin
     async with background() as nursery:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, asynccontextmanager
 
 import pytest
 import trio
+import trio.testing
 
 import client
 from client.trapping import Trapping
@@ -53,14 +54,14 @@ def test_a_subscription_ends_with_its_block() -> None:
     told: list[str] = []
 
     def fail() -> None:
-        with trapping.subscribed(lambda: told.append("one")):
-            trapping.accessed()
+        with trapping.subscribed(lambda _: told.append("one")):
+            trapping.done(trapping.begin())
             raise LookupError
 
     with pytest.raises(LookupError):
         fail()
     assert len(trapping) == 0
-    trapping.accessed()
+    trapping.done(trapping.begin())
     assert told == ["one"]
 
 
@@ -68,15 +69,15 @@ def test_a_subscriber_may_leave_while_all_are_told() -> None:
     trapping = Trapping()
     told: list[str] = []
 
-    def leave() -> None:
+    def leave(number: int) -> None:
         told.append("leaving")
         subscription.close()
 
     subscription = ExitStack()
     subscription.enter_context(trapping.subscribed(leave))
-    with trapping.subscribed(lambda: told.append("staying")):
-        trapping.accessed()
-        trapping.accessed()
+    with trapping.subscribed(lambda _: told.append("staying")):
+        trapping.done(trapping.begin())
+        trapping.done(trapping.begin())
     assert told == ["leaving", "staying", "staying"]
 
 
@@ -86,7 +87,7 @@ async def test_each_access_by_message_is_told_after_it_was_answered(mapped: bool
         told: list[int] = []
         with (
             client.Bar(session, 0, map=mapped) as bar,
-            session.trapping.subscribed(lambda: told.append(len(came))),
+            session.trapping.subscribed(lambda _: told.append(len(came))),
         ):
             await bar.read(0, 4)
             assert told == [1]
@@ -96,10 +97,29 @@ async def test_each_access_by_message_is_told_after_it_was_answered(mapped: bool
             assert told == [1, 2, 2], "it is on its way"
 
 
+async def test_accesses_are_told_in_the_order_of_their_ends_with_the_number_of_their_beginning() -> None:
+    async with session_with(regions={0: FakeRegion(0x100)}) as (session, peer):
+        told: list[int] = []
+        bar = client.Bar(session, 0)
+        with session.trapping.subscribed(told.append):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(bar.read, 0, 4)
+                first = await peer.next()
+                nursery.start_soon(bar.read, 4, 4)
+                second = await peer.next()
+                assert session.trapping.begun == 2
+                assert told == []
+                peer.reply(second, second.payload + bytes(4))
+                await trio.testing.wait_all_tasks_blocked()
+                bar.post(8, 4, 0)
+                peer.reply(first, first.payload + bytes(4))
+            assert told == [2, 3, 1]
+
+
 async def test_mapped_accesses_are_told_to_nobody_while_they_are_mapped() -> None:
     async with device() as (session, came):
         told: list[int] = []
-        with client.Bar(session, 0) as bar, session.trapping.subscribed(lambda: told.append(1)):
+        with client.Bar(session, 0) as bar, session.trapping.subscribed(lambda _: told.append(1)):
             await bar.write(MAPPED, 4, 7)
             bar.post(MAPPED + 4, 4, 8)
             assert await bar.read(MAPPED, 4) == 7
@@ -120,7 +140,7 @@ async def test_rom_and_configuration_space_are_no_bars(index: int) -> None:
     async with device() as (session, came):
         told: list[int] = []
         session.trapping.mapped = False
-        with client.Bar(session, index) as region, session.trapping.subscribed(lambda: told.append(1)):
+        with client.Bar(session, index) as region, session.trapping.subscribed(lambda _: told.append(1)):
             await region.read(0, 4)
             await region.write(0, 4, 1)
             region.post(0, 4, 1)
@@ -133,7 +153,7 @@ async def test_rom_and_configuration_space_are_no_bars(index: int) -> None:
 async def test_the_last_bar_is_one() -> None:
     async with device() as (session, _):
         told: list[int] = []
-        with client.Bar(session, 5) as bar, session.trapping.subscribed(lambda: told.append(1)):
+        with client.Bar(session, 5) as bar, session.trapping.subscribed(lambda _: told.append(1)):
             await bar.read(0, 4)
         assert told
 
@@ -141,7 +161,7 @@ async def test_the_last_bar_is_one() -> None:
 async def test_an_access_of_the_session_itself_is_nobodys_affair() -> None:
     async with device() as (session, _):
         told: list[int] = []
-        with session.trapping.subscribed(lambda: told.append(1)):
+        with session.trapping.subscribed(lambda _: told.append(1)):
             await session.region_read(0, 0, 4)
             await session.region_write(0, 0, os.urandom(4))
             await session.post_write(0, 0, os.urandom(4))

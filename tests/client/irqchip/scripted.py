@@ -129,6 +129,9 @@ class Server:
         """What becomes of the SET_IRQS to come, by their number."""
         self.refuses_accesses = False
         """Those to BAR 0."""
+        self.lets_access = trio.Event()
+        """Accesses to BAR 0 are answered once this is set, as it is at first."""
+        self.lets_access.set()
         self._config = config
         self._automasked = automasked
         self._trigger = -1
@@ -177,6 +180,7 @@ class Server:
             return
         if offset == ISR:
             self.high = False
+        await self.lets_access.wait()
         if message.flags == 0:
             self.peer.reply(
                 message,

@@ -14,6 +14,7 @@ import client
 from client.irqchip import NOWHERE, IntxMode, IntxRoute
 from protocol.limits import INTX_MAPPINGS_OFF, INTX_TIMEOUT
 from tests.client.irqchip.scripted import (
+    AUTOMASKED,
     BAR0,
     CONFIG,
     EDGES,
@@ -90,7 +91,7 @@ async def test_configuration_space_and_other_accesses_are_no_end(place: Place) -
 async def test_a_refused_access_is_no_end(place: Place) -> None:
     async with place.device() as (session, server):
         told: list[int] = []
-        with session.trapping.subscribed(lambda: told.append(1)), client.Bar(session, BAR0) as bar:
+        with session.trapping.subscribed(lambda _: told.append(1)), client.Bar(session, BAR0) as bar:
             server.refuses_accesses = True
             with pytest.raises(client.ServerError):
                 await bar.read(ISR, 4)
@@ -294,23 +295,46 @@ async def test_an_end_between_the_messages_of_a_change_is_said_with_its_last(pla
         assert place.xics.take() == 1
 
 
+@pytest.mark.parametrize("intx_flags", [AUTOMASKED, EDGES])
+async def test_an_access_that_began_before_the_interrupt_was_heard_is_not_its_end(
+    place: Place, intx_flags: int
+) -> None:
+    async with (
+        place.intx(bypass=False, intx_flags=intx_flags) as (intx, server),
+        trio.open_nursery() as nursery,
+    ):
+        bar = client.Bar(intx.session, BAR0, map=False)
+        server.lets_access = trio.Event()
+        nursery.start_soon(bar.read, ISR, 4)
+        await settled()
+        server.raise_line()  # the reason is younger than what the read saw
+        await settled()
+        server.lets_access.set()
+        await settled()
+        assert intx.pending
+        assert place.xics.high == {INPUT}
+        await bar.read(ISR, 4)
+        assert not intx.pending
+
+
 async def test_a_second_edge_of_a_device_that_does_not_mask_itself_is_not_ended_with_the_first(
     place: Place,
 ) -> None:
-    async with place.intx(bypass=False, intx_flags=EDGES) as (intx, server):
-        with client.Bar(intx.session, BAR0) as bar:
-            server.raise_line()
-            await settled()
-            server.raise_line()
-            await settled()
-            place.said()
-            await bar.read(ISR, 4)
-            await settled()
-            assert place.said() == ["read", "xics level 5 0", "xics level 5 1", "UNMASK"]
-            await bar.read(ISR, 4)
-            await settled()
-            assert not intx.pending
-            assert intx.counters.triggers == 2
+    async with place.intx(bypass=False, intx_flags=EDGES) as (intx, server), trio.open_nursery() as nursery:
+        bar = client.Bar(intx.session, BAR0, map=False)
+        server.raise_line()
+        await settled()
+        server.lets_access = trio.Event()
+        nursery.start_soon(bar.read, ISR, 4)
+        await settled()
+        server.raise_line()
+        await settled()
+        server.lets_access.set()
+        await settled()
+        assert intx.pending
+        await bar.read(ISR, 4)
+        assert not intx.pending
+        assert (intx.counters.triggers, intx.counters.merged) == (2, 1)
 
 
 async def test_an_end_that_the_server_refuses_is_told_once(
