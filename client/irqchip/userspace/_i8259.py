@@ -1,8 +1,8 @@
 """One Intel 8259A programmable interrupt controller, as KVM's is (arch/x86/kvm/i8259.c).
 
 Where KVM's does otherwise than the data sheet (Intel 231468), this does as KVM: ELCR chooses between level
-and edge, ICW1 cannot; special mask mode is kept, but has no effect; a poll ends the interrupt that it tells,
-and says so without bit 7; any end of interrupt that names an input tells its devices.
+and edge, ICW1 cannot; special mask mode is kept, but has no effect; a poll ends the interrupt that it tells;
+an end of interrupt that names an input tells its devices, in service or not.
 """
 
 from __future__ import annotations

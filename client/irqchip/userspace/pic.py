@@ -37,6 +37,7 @@ and coprocessor (82371FB data sheet, ELCR).
 VECTORS: Final = 0x20
 """Where `program` puts the sixteen vectors: the first that are free on x86."""
 
+_POLLED: Final = 0x80  # the answer to a poll: there was an interrupt, of the input in the low bits
 _END_OF: Final = 0x60  # OCW2: the end of the interrupt that the low bits name
 
 
@@ -165,7 +166,7 @@ class Pic(UserspaceChip):
         half.poll_read()
         if not cascade:  # the slave, which is polled next, does not ask anew
             self._update()
-        return NO_INTERRUPT if irq is None else irq
+        return NO_INTERRUPT if irq is None else _POLLED | irq
 
     def _set_input(self, gsi: int, level: bool) -> None:
         if gsi < PIC_HALF:
