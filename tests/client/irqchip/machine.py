@@ -44,6 +44,8 @@ class Socketed(Irqchip):
         self.attaches = attaches
         self.active = False
         self.attached: list[tuple[int, int]] = []
+        self.levels: set[int] = set()
+        """Inputs that are driven high by their level."""
 
     def activate(self) -> None:
         assert not self.active
@@ -58,7 +60,8 @@ class Socketed(Irqchip):
         self.active = False
 
     def attach(self, gsi: int, trigger_fd: int, resample_fd: int) -> None:
-        assert self.resample, "nobody attaches to an irqchip that signals no end of interrupt"
+        assert self.active, "nobody attaches to an irqchip that is not in use"
+        assert self.resample, "nor to one that signals no end of interrupt"
         if not self.attaches:
             raise IrqchipError(f"{self.name}: attaching to input {gsi}", errno.EBUSY)
         self.chip.attach(gsi, trigger_fd, resample_fd)
@@ -71,6 +74,10 @@ class Socketed(Irqchip):
 
     def set_level(self, gsi: int, level: bool) -> None:
         self.chip.set_level(gsi, level)
+        if level:
+            self.levels.add(gsi)
+        else:
+            self.levels.discard(gsi)
 
     def has(self, trigger_fd: int) -> bool:
         """Whether this eventfd is attached."""
@@ -251,6 +258,13 @@ class Machine:
     def straight(self) -> bool:
         """Whether lines are to be wired straight into the irqchip in use."""
         return self.routed and self.chip.resample and self.chip.attaches
+
+    @property
+    def levels(self) -> set[int]:
+        """Inputs to be driven high by their level: by an interrupt on the slow path, or inverted, for want of one."""
+        pending = any(driver.line.pending for driver in self.drivers)
+        high = self.route.mode is not IntxMode.DISABLED and pending != (self.route.mode is IntxMode.INVERTED)
+        return {self.route.gsi} if high else set()
 
     @property
     def counters(self) -> list[InputCounters]:
