@@ -3,7 +3,7 @@
 A file holds any number of cards::
 
     poll_us = 0                     # optional: microseconds to spin before sleeping
-    release_s = 0                   # optional: seconds for guests to let go when the server is ended
+    release_s = 0                   # optional: seconds for clients to let go when the server is ended
     engine = "libvfio-user"         # optional, native if absent; then, optional as well:
     libvfio_user = "/opt/lib/libvfio-user.so.0"
     libvfio_user_api = "2026"       # its interface, found out if absent

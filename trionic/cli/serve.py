@@ -103,7 +103,7 @@ class _Parsed(click.ParamType[Any]):
 @click.option(
     *("--release", "release_s"),
     type=_Parsed("S", parse_release_s, number=True),
-    help="Seconds for guests to let go of their cards when the server is ended.  [default: 0, none is asked]",
+    help="Seconds for clients to let go of their cards when it is ended.  [default: 0, none is asked]",
 )
 @click.option(
     "--engine",
@@ -164,9 +164,9 @@ def serve(
     is printed, then READY=1 once all of them listen. Ctrl-C or SIGTERM ends it and removes the sockets. A
     guest may leave and another come at any time; one that comes early waits until the card is free.
 
-    With --release 30 guests are asked to give their cards up before it ends, as a host kernel asks before it
-    takes a device away: QEMU unplugs the card if it sits behind a PCI Express root port. It ends when all
-    have let go, after 30 seconds, or at a second signal. With QEMU 11.1 add --no-msix.
+    With --release 30 it takes no new client, ends when all have let go of their cards, and waits for that for
+    30 seconds at most; a second signal ends it at once. Clients that listen for the REQ interrupt are asked,
+    as a host kernel asks before it takes a device away. QEMU 11.1 does not listen: unplug with device_del.
 
     \b
     Ports:
@@ -180,7 +180,7 @@ def serve(
       trionic serve --socket /tmp/card.sock
       trionic serve -s /tmp/a.sock -p tap:name=tap0 -s /tmp/b.sock -p tap:name=tap1
       trionic serve --config cards.toml
-      trionic serve -s /tmp/card.sock --no-msix --release 30
+      trionic serve -s /tmp/card.sock --release 30
       trionic serve --engine libvfio-user --limits
 
     \b
