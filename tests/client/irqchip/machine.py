@@ -261,7 +261,7 @@ class Machine:
 
     @property
     def levels(self) -> set[int]:
-        """Inputs to be driven high by their level: by an interrupt on the slow path, or inverted, for want of one."""
+        """Inputs to be driven high: by an interrupt on the slow path or, inverted, for want of one."""
         pending = any(driver.line.pending for driver in self.drivers)
         high = self.route.mode is not IntxMode.DISABLED and pending != (self.route.mode is IntxMode.INVERTED)
         return {self.route.gsi} if high else set()
