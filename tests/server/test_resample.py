@@ -3,8 +3,10 @@ import os
 from types import SimpleNamespace
 
 import pytest
+import trio
+import trio.testing
 
-from tests.server.raw import EVENTFD, INTX, SET_IRQS, TRIGGER, UNMASK, RawClient, irqs
+from tests.server.raw import EVENTFD, INTX, MASK, NONE, SET_IRQS, TRIGGER, UNMASK, RawClient, irqs
 from tests.server.world import World
 
 
@@ -21,5 +23,28 @@ async def test_a_watch_that_there_is_no_descriptor_for_is_refused(
         assert await client.refused(SET_IRQS, irqs(EVENTFD | UNMASK, INTX, 0, 1), [resample]) == errno.EMFILE
     assert served.function.unmask_fd is None
     await client.do(SET_IRQS, irqs(EVENTFD | UNMASK, INTX, 0, 1), [resample])
+    os.close(trigger)
+    os.close(resample)
+
+
+async def test_a_mask_by_message_comes_after_what_the_eventfd_said_before(
+    served: World, client: RawClient
+) -> None:
+    trigger, resample = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
+    await client.do(SET_IRQS, irqs(EVENTFD | TRIGGER, INTX, 0, 1), [trigger])
+    await client.do(SET_IRQS, irqs(EVENTFD | UNMASK, INTX, 0, 1), [resample])
+    served.function.interrupts.intx(True)
+    assert os.eventfd_read(trigger) == 1
+    os.eventfd_write(resample, 1)
+    await client.do(SET_IRQS, irqs(NONE | MASK, INTX, 0, 1))
+    assert os.eventfd_read(trigger) == 1, "it was unmasked while the line was high"
+    served.function.interrupts.intx(False)
+    await trio.testing.wait_all_tasks_blocked()
+    served.function.interrupts.intx(True)
+    await trio.testing.wait_all_tasks_blocked()
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(trigger)
+    await client.do(SET_IRQS, irqs(NONE | UNMASK, INTX, 0, 1))
+    assert os.eventfd_read(trigger) == 1
     os.close(trigger)
     os.close(resample)
