@@ -51,7 +51,7 @@ class IntxRequests:
         await self._ask("UNMASK eventfd", wire_unmask(self.session, resample_fd))
 
     async def _ask(self, what: str, request: Coroutine[object, object, None]) -> None:
-        with trio.CancelScope(deadline=self._deadline, shield=True) as scope:
+        with trio.CancelScope(deadline=self._deadline) as scope:
             await request
         if scope.cancelled_caught:
             self.late = True

@@ -132,12 +132,12 @@ class Intx:
             if self.enabled:
                 require(session, IrqIndex.INTX, 1)
                 self._slow.deafen()
-                taken = self._slow.clear() | self._detach()
+                self._detach()
                 if session is not self.session:
                     with suppress(ClientError):
                         await requests.unwire()
                 self.session = session
-                self._forget(taken=taken)
+                self._clear()
                 self._slow.listen(self.trigger_fd)
                 await self._wire(IntxRequests(session))
             self.session = session
@@ -215,7 +215,7 @@ class Intx:
             self.dark.append(trio.current_time() - began)
         elif self.pending and self.route.mode is IntxMode.ENABLED:
             # its end may have gone unseen; where something was said, an UNMASK was the last of it
-            self._forget(taken=self._slow.clear())
+            self._clear()
             await self._unmask(requests)
 
     async def _take_bypass(self, requests: IntxRequests) -> bool:
@@ -231,7 +231,7 @@ class Intx:
         self._slow.deafen()
         try:
             await requests.mask()
-            self._forget(taken=self._slow.clear())
+            self._clear()
             if self._controller.chip is chip and self._current_route() == self.route:
                 self._bypass = Bypass(chip, self.route.gsi, self.trigger_fd)
                 await requests.wire_unmask(self._bypass.resample_fd)
@@ -241,8 +241,7 @@ class Intx:
         except BaseException as error:
             self._failed(error)
             self.counters.fallbacks += 1
-            if self._detach():
-                self._forget(taken=True)
+            self._detach()
             self._slow.listen(self.trigger_fd)
             await self._attempt(requests.unmask())
             if not isinstance(error, (ClientError, OSError)):
@@ -260,7 +259,7 @@ class Intx:
         self._slow.clear()
         self._detach()
         if masked:
-            self._forget(taken=True)
+            self._drain()
         self._slow.listen(self.trigger_fd)
         await self._attempt(requests.unmask())
         return True
@@ -274,32 +273,34 @@ class Intx:
             self._slow.deafen()
             self._slow.clear()
             self._slow.unwatch()
-            self.counters.drained += take(self.trigger_fd)
+            self._drain()
             os.close(self.trigger_fd)
             self.trigger_fd = -1
             self.enabled = False
 
-    def _detach(self) -> bool:
-        """Take the eventfds out of the irqchip; whether they were in one."""
+    def _detach(self) -> None:
+        """Take the eventfds out of the irqchip, if they are in one."""
         bypass, self._bypass = self._bypass, None
-        if bypass is None:
-            return False
-        try:
-            bypass.close()
-        except (ClientError, OSError) as error:
-            self._failed(error)
-        return True
+        if bypass is not None:
+            try:
+                bypass.close()
+            except (ClientError, OSError) as error:
+                self._failed(error)
 
-    def _forget(self, *, taken: bool) -> None:
-        """What was signalled so far must not be heard beside what UNMASK, or new wiring, will signal again.
+    def _clear(self) -> None:
+        """Forget what was signalled so far: UNMASK, or being wired, makes the device say it again.
 
-        A device that does not mask itself signals every reason once. What it has signalled stays, and what
-        was `taken` and may not have reached a CPU goes back.
+        One that does not mask itself says everything once. What it has signalled stays, and what is pending
+        goes back, for it may not have reached a CPU.
         """
+        pending = self._slow.clear()
         if self._masks_itself:
-            self.counters.drained += take(self.trigger_fd)
-        elif taken:
+            self._drain()
+        elif pending:
             signal(self.trigger_fd)
+
+    def _drain(self) -> None:
+        self.counters.drained += take(self.trigger_fd)
 
     @property
     def _masks_itself(self) -> bool:

@@ -44,7 +44,7 @@ def test_more_routes_than_lines_are_refused() -> None:
 
 def test_a_first_route_to_no_input_is_refused_before_the_irqchip_is_touched() -> None:
     journal: Journal = []
-    with pytest.raises(IrqchipError, match="input 16 of 16"):
+    with pytest.raises(IrqchipError, match="a route to input 16"):
         InterruptController(NotingChip("pic", journal), [enabled(16)])
     assert journal == []
 
@@ -130,7 +130,7 @@ async def test_a_route_to_no_input_is_refused_before_anything_changes(place: Pla
     place.said()
     with (
         place.controller.routing_change.subscribed(told),
-        pytest.raises(IrqchipError, match="xics: a route to input 16 of 16") as refused,
+        pytest.raises(IrqchipError, match="xics: a route to input 16") as refused,
     ):
         await place.controller.set_route(0, enabled(16))
     assert refused.value.errno == errno.EINVAL
@@ -143,7 +143,7 @@ async def test_an_irqchip_with_too_few_inputs_for_the_routes_is_refused_before_a
     place: Place,
 ) -> None:
     small = NotingChip("small", place.journal, inputs=5)
-    with pytest.raises(IrqchipError, match="small: a route to input 5 of 5"):
+    with pytest.raises(IrqchipError, match="small: a route to input 5"):
         await place.controller.activate(small)
     assert place.controller.chip is place.xics
     assert place.said() == []

@@ -207,6 +207,31 @@ async def test_a_subscription_lasts_as_long_as_the_block_however_it_ends(place: 
         assert place.said()[-1] == "DISABLE"
 
 
+async def test_a_line_that_is_high_when_it_is_enabled_is_heard_once(place: Place) -> None:
+    async with place.device() as (session, server), open_intx(session, place.controller) as intx:
+        server.raise_line()
+        await intx.enable()
+        assert place.xics.take() == 1
+        assert server.signals == 1 + intx.counters.drained + intx.counters.triggers
+
+
+@pytest.mark.parametrize("step", [0, 2])
+async def test_what_is_signalled_while_a_mask_is_on_its_way_is_said_again_and_heard_once(
+    place: Place, step: int
+) -> None:
+    async with place.intx() as (intx, server), trio.open_nursery() as nursery:
+        server.script = {step: Does.IGNORE}
+        nursery.start_soon(place.controller.activate, place.xive)
+        await settled()
+        server.raise_line()
+        server.wake()
+        await settled()
+        assert place.xive.take() == 1
+        assert intx.counters.drained >= 1
+        assert intx.counters.merged == 0
+        assert server.signals == 1 + intx.counters.drained + intx.counters.triggers
+
+
 async def test_an_interrupt_that_was_signalled_before_the_change_is_heard_once_by_the_new_irqchip(
     place: Place,
 ) -> None:
