@@ -27,10 +27,25 @@ PAGE: Final = mmap.PAGESIZE
 
 @dataclass(frozen=True, slots=True)
 class _Area:
+    region: int
     start: int
     end: int
     memory: mmap.mmap
     casts: dict[int, memoryview]
+
+    def load(self, offset: int, width: Width) -> int:
+        if offset % width:
+            raise ClientError(f"{width} bytes at {offset:#x}: not aligned")
+        value: int = self.casts[width][(offset - self.start) // width]
+        return value
+
+    def store(self, offset: int, width: Width, value: int) -> None:
+        if offset % width:
+            raise ClientError(f"{width} bytes at {offset:#x}: not aligned")
+        try:
+            self.casts[width][(offset - self.start) // width] = value
+        except TypeError:
+            raise ClientError(f"region {self.region} is read-only") from None
 
 
 class BarMapping:
@@ -72,7 +87,7 @@ class BarMapping:
             for width, code in CODES.items()
             if width > 1
         }
-        return _Area(start, start + length, memory, {1: view, **casts})
+        return _Area(self.region.index, start, start + length, memory, {1: view, **casts})
 
     def covers(self, offset: int, length: int) -> bool:
         """Whether these bytes of the region lie in one mapped area."""
@@ -84,35 +99,25 @@ class BarMapping:
                 return area
         return None
 
-    def _cell(self, offset: int, width: int) -> tuple[memoryview, int]:
-        area = self._find(offset, width)
+    def _area(self, offset: int, length: int) -> _Area:
+        area = self._find(offset, length)
         if area is None:
-            raise ClientError(f"region {self.region.index} is not mapped at {offset:#x}+{width}")
-        if offset % width:
-            raise ClientError(f"{width} bytes at {offset:#x}: not aligned")
-        return area.casts[width], (offset - area.start) // width
+            raise ClientError(f"region {self.region.index} is not mapped at {offset:#x}+{length:#x}")
+        return area
 
     def read(self, offset: int, width: Width) -> int:
         """One aligned load; raises ClientError if it is not aligned or not mapped."""
-        cells, index = self._cell(offset, width)
-        value: int = cells[index]
-        return value
+        return self._area(offset, width).load(offset, width)
 
     def write(self, offset: int, width: Width, value: int) -> None:
         """One aligned store; raises ClientError if it is not aligned, not mapped or the region is
         read-only.
         """
-        cells, index = self._cell(offset, width)
-        try:
-            cells[index] = value
-        except TypeError:
-            raise ClientError(f"region {self.region.index} is read-only") from None
+        self._area(offset, width).store(offset, width, value)
 
     def view(self, offset: int, length: int) -> memoryview:
         """The bytes themselves, for bulk; valid until `close`, which fails while views are alive."""
-        area = self._find(offset, length)
-        if area is None:
-            raise ClientError(f"region {self.region.index} is not mapped at {offset:#x}+{length:#x}")
+        area = self._area(offset, length)
         return area.casts[1][offset - area.start : offset - area.start + length]
 
     def close(self) -> None:
@@ -153,16 +158,15 @@ class Bar:
         # An interrupt is ended by accesses to BARs: those to other regions are nobody's affair.
         self._trapping = session.trapping if index <= RegionIndex.BAR5 else Trapping()
 
-    def _mapped(self, offset: int, width: Width) -> BarMapping | None:
-        mapping = self.mapping
-        if mapping is None or not self._trapping.mapped or not mapping.covers(offset, width):
+    def _mapped(self, offset: int, width: Width) -> _Area | None:
+        if self.mapping is None or not self._trapping.mapped:
             return None
-        return mapping
+        return self.mapping._find(offset, width)
 
     async def read(self, offset: int, width: Width) -> int:
         """A number at an offset; raises ServerError where the device refuses it."""
-        if (mapping := self._mapped(offset, width)) is not None:
-            return mapping.read(offset, width)
+        if (area := self._mapped(offset, width)) is not None:
+            return area.load(offset, width)
         number = self._trapping.begin()
         data = await self.session.region_read(self.index, offset, width)
         self._trapping.done(number)
@@ -170,8 +174,8 @@ class Bar:
 
     async def write(self, offset: int, width: Width, value: int) -> None:
         """Write a number and know that the device has it."""
-        if (mapping := self._mapped(offset, width)) is not None:
-            mapping.write(offset, width, value)
+        if (area := self._mapped(offset, width)) is not None:
+            area.store(offset, width, value)
             return
         number = self._trapping.begin()
         await self.session.region_write(self.index, offset, value.to_bytes(width, sys.byteorder))
@@ -179,8 +183,8 @@ class Bar:
 
     def post(self, offset: int, width: Width, value: int) -> None:
         """Write a number without waiting: a store where mapped, else a posted write."""
-        if (mapping := self._mapped(offset, width)) is not None:
-            mapping.write(offset, width, value)
+        if (area := self._mapped(offset, width)) is not None:
+            area.store(offset, width, value)
             return
         number = self._trapping.begin()
         self.session.post_write_now(self.index, offset, value.to_bytes(width, sys.byteorder))
