@@ -164,6 +164,12 @@ class Switching(RuleBasedStateMachine):
         self.model.silent = silent
         self.model.settle()
 
+    @precondition(lambda self: self.model.silent)
+    @rule()
+    def the_card_becomes_what_it_is(self) -> None:
+        """A saved state comes back: wiring and masks of the client are not part of it."""
+        self.interrupts.stage(self.interrupts.save())()
+
     # --- the driver
 
     @rule()
