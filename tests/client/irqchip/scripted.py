@@ -246,7 +246,12 @@ class Place:
 
     @asynccontextmanager
     async def device(
-        self, *, pin: int = 1, intx_flags: int = AUTOMASKED, capabilities: bytes = CAPABILITIES
+        self,
+        *,
+        pin: int = 1,
+        lines: int = 1,
+        intx_flags: int = AUTOMASKED,
+        capabilities: bytes = CAPABILITIES,
     ) -> AsyncIterator[tuple[client.Session, Server]]:
         """A session with a device whose BAR 0 may be mapped in part."""
         config = bytearray(256)
@@ -256,10 +261,12 @@ class Place:
         regions = {BAR0: FakeRegion(0x2000, 7, sparse((MAPPED, 0x1000)), (fd,)), CONFIG: FakeRegion(256)}
         try:
             async with (
-                session_with(regions=regions, intx_flags=intx_flags, capabilities=capabilities) as (
-                    session,
-                    peer,
-                ),
+                session_with(
+                    regions=regions,
+                    irqs=(lines, 32, 4, 1, 1),
+                    intx_flags=intx_flags,
+                    capabilities=capabilities,
+                ) as (session, peer),
                 background() as nursery,
             ):
                 server = Server(peer, self.journal, bytes(config), automasked=intx_flags == AUTOMASKED)

@@ -8,14 +8,18 @@ import trio
 import trio.testing
 
 import client
-from client.irqchip import NOWHERE, IntxMode, IntxRoute, open_intx
+from client.irqchip import NOWHERE, InterruptController, IntxMode, IntxRoute, open_intx
 from client.irqchip.intx import DARK_KEPT
+from client.irqchip.processor import open_processor
+from client.irqchip.userspace import open_ioapic, open_pic
 from tests.client.irqchip.scripted import (
     AUTOMASKED,
     EDGES,
     INPUT,
+    ISR,
     Does,
     Place,
+    Server,
     nothing_left,
     settled,
 )
@@ -173,6 +177,15 @@ async def test_a_pin_that_is_none_is_refused_before_anybody_subscribes(place: Pl
             await open_intx(session, place.controller).__aenter__()
 
 
+async def test_a_device_with_a_pin_and_no_intx_to_it_is_not_enabled(place: Place) -> None:
+    async with place.device(lines=0) as (session, _), open_intx(session, place.controller) as intx:
+        with pytest.raises(client.ClientError, match="the device has 0"):
+            await intx.enable()
+        assert not intx.enabled
+        await place.controller.activate(place.xive)
+        assert place.said() == TO_XIVE
+
+
 async def test_a_server_that_takes_no_descriptors_has_no_intx(place: Place) -> None:
     capabilities = b'{"capabilities":{"max_msg_fds":0}}\0'
     async with (
@@ -205,6 +218,30 @@ async def test_a_subscription_lasts_as_long_as_the_block_however_it_ends(place: 
                 await trio.sleep_forever()
         assert len(place.controller.irqchip_change) == len(place.controller.routing_change) == 0
         assert place.said()[-1] == "DISABLE"
+
+
+async def test_a_device_that_goes_amid_a_change_goes_after_it(place: Place) -> None:
+    async with place.device() as (session, server), trio.open_nursery() as nursery:
+        leave = trio.Event()
+
+        async def use() -> None:
+            async with open_intx(session, place.controller) as intx:
+                await intx.enable()
+                await leave.wait()
+
+        nursery.start_soon(use)
+        await settled()
+        place.said()
+        server.script = {3: Does.IGNORE}
+        nursery.start_soon(place.controller.activate, place.xive)
+        await settled()
+        leave.set()
+        await settled()
+        assert list(place.xive.attached) == [5]
+        server.wake()
+        await settled()
+        assert place.said() == [*TO_XIVE, *APART, *TOGETHER, "MASK", "xive detach 5", "UNMASK", "DISABLE"]
+        assert len(place.controller.irqchip_change) == 0
 
 
 async def test_a_line_that_is_high_when_it_is_enabled_is_heard_once(place: Place) -> None:
@@ -320,6 +357,45 @@ async def test_two_devices_on_one_line_are_both_heard(place: Place, intx_flags: 
             await bar.read(0, 4)
         await settled()
         assert not place.xive.high
+
+
+async def test_two_devices_on_one_line_share_the_input_on_the_fast_path_and_on_both(place: Place) -> None:
+    async with (
+        open_pic() as pic,
+        open_ioapic() as ioapic,
+        place.device() as (session, first),
+        place.device() as (another, second),
+        place.device() as (third, slow),
+    ):
+        controller = InterruptController(pic, [IntxRoute(IntxMode.ENABLED, 10)])
+        async with (
+            open_intx(session, controller) as one,
+            open_intx(another, controller, slot=4) as other,
+            open_intx(third, controller, slot=8, bypass=False) as last,
+            open_processor(controller) as cpu,
+        ):
+            found: list[Server] = []
+
+            async def handle() -> bool:
+                """As a driver does who asks each of its devices."""
+                for line, server in ((one, first), (other, second), (last, slow)):
+                    if server.high:
+                        found.append(server)
+                        await client.Bar(line.session, 0, map=False).read(ISR, 4)
+                return True
+
+            assert one.line == other.line == last.line == 0
+            for each in (one, other, last):
+                await each.enable()
+            with cpu.handling(0, handle):
+                for chip in (ioapic, pic, ioapic):
+                    for server in (first, second, slow):
+                        server.raise_line()
+                    await controller.activate(chip)
+                    await settled()
+                    assert {first, second, slow} == set(found)
+                    assert not any(server.masked or server.high for server in (first, second, slow))
+                    found.clear()
 
 
 async def test_only_so_many_dark_times_are_kept(place: Place) -> None:
