@@ -33,6 +33,10 @@ class Irqchip(ABC):
     inputs: int
     resample: bool = True
 
+    def has_input(self, gsi: int) -> bool:
+        """Whether a device can be on input `gsi`: some irqchips need one for themselves."""
+        return 0 <= gsi < self.inputs
+
     @abstractmethod
     def activate(self) -> None:
         """The machine uses this irqchip from now on; raises IrqchipError if it cannot."""

@@ -137,5 +137,5 @@ def _checked(line: int) -> int:
 
 def _check_inputs(chip: Irqchip, routes: Iterable[IntxRoute]) -> None:
     for route in routes:
-        if route.mode is not IntxMode.DISABLED and route.gsi >= chip.inputs:
+        if route.mode is not IntxMode.DISABLED and not chip.has_input(route.gsi):
             raise IrqchipError(f"{chip.name}: a route to input {route.gsi} of {chip.inputs}", errno.EINVAL)

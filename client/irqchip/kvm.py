@@ -16,15 +16,11 @@ from typing import Final
 
 from client._eventfd import identity, signal
 from client.irqchip.chip import Irqchip, IrqchipError
+from client.irqchip.registers import IOAPIC_INPUTS, PIC_CASCADE, PIC_HALF, PIC_INPUTS
 from client.kvm.errors import KvmError
 from client.kvm.realmode import APIC_VECTORS
 from client.kvm.routing import Chip, IrqchipRoute, MsiRoute, Route
 from client.kvm.vm import Vm
-
-PIC_INPUTS: Final = 16
-IOAPIC_INPUTS: Final = 24
-
-_PIC_HALF: Final = PIC_INPUTS // 2
 
 
 @contextmanager
@@ -162,8 +158,8 @@ class KvmChip(Irqchip):
         self._wires.clear()
 
     def _check(self, gsi: int) -> None:
-        if not 0 <= gsi < self.inputs:
-            raise IrqchipError(f"{self.name} has inputs 0 to {self.inputs - 1}, not {gsi}", errno.EINVAL)
+        if not self.has_input(gsi):
+            raise IrqchipError(f"{self.name} has no input {gsi}", errno.EINVAL)
 
 
 class _InKernel(KvmChip):
@@ -182,10 +178,14 @@ class KvmPic(_InKernel):
     def __init__(self, vm: Vm) -> None:
         super().__init__(vm, "kvm-pic", PIC_INPUTS)
 
+    def has_input(self, gsi: int) -> bool:
+        """Not that of the cascade, which KVM would take."""
+        return gsi != PIC_CASCADE and super().has_input(gsi)
+
     def _route(self, gsi: int) -> Route:
-        if gsi < _PIC_HALF:
+        if gsi < PIC_HALF:
             return IrqchipRoute(gsi, Chip.PIC_MASTER, gsi)
-        return IrqchipRoute(gsi, Chip.PIC_SLAVE, gsi - _PIC_HALF)
+        return IrqchipRoute(gsi, Chip.PIC_SLAVE, gsi - PIC_HALF)
 
 
 class KvmIoapic(_InKernel):

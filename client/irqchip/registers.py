@@ -9,6 +9,8 @@ PIC_INPUTS: Final = 16
 """Of two 8259A."""
 PIC_HALF: Final = 8
 """Inputs of one of them; the slave's are 8 to 15."""
+PIC_CASCADE: Final = 2
+"""The input of the master that the slave is wired to."""
 IOAPIC_INPUTS: Final = 24
 """Entries of an I/O APIC's redirection table (82093AA data sheet, 3.2.4)."""
 

@@ -11,10 +11,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Final
 
-from client.irqchip.registers import PIC_HALF, Pic8259State
+from client.irqchip.registers import PIC_CASCADE, PIC_HALF, Pic8259State
 
-CASCADE: Final = 2
-"""The input of the master that the slave is wired to."""
 NO_INTERRUPT: Final = 7
 """The input whose vector a spurious interrupt has; what a poll says when there is none."""
 
@@ -86,7 +84,7 @@ class I8259:
             return None
         in_service = self.isr
         if self._master and self.special_fully_nested_mode:
-            in_service &= ~(1 << CASCADE)  # the slave may interrupt itself
+            in_service &= ~(1 << PIC_CASCADE)  # the slave may interrupt itself
         priority = self._priority(requests)
         return (priority + self.priority_add) & 7 if priority < self._priority(in_service) else None
 

@@ -41,8 +41,8 @@ class InputCounters:
     triggered: int = 0
     """What its eventfds had counted when they were taken from."""
     merged: int = 0
-    """How many of them came before the one before was done with: what a single take had merged, and what was
-    taken while its eventfd held the input up.
+    """How many of those came before the last one was done with: they were taken together with it, or while it
+    still held the input up.
     """
     raised: int = 0
     """The input rose, whoever drove it, and no interrupt of it was pending."""
@@ -221,7 +221,7 @@ class UserspaceChip(Irqchip):
         """Whether an input that is low still waits for a CPU: the chip cannot take it back."""
 
     def _check(self, gsi: int) -> None:
-        if not 0 <= gsi < self.inputs:
+        if not self.has_input(gsi):
             raise IrqchipError(f"input {gsi} of {self.name}", errno.EINVAL)
 
     def _want(self, wanted: bool) -> None:

@@ -15,8 +15,8 @@ from enum import IntEnum
 from typing import Final
 
 from client.irqchip.chip import IrqchipError
-from client.irqchip.registers import PIC_HALF, PIC_INPUTS, PicState
-from client.irqchip.userspace._i8259 import CASCADE, I8259, NO_INTERRUPT
+from client.irqchip.registers import PIC_CASCADE, PIC_HALF, PIC_INPUTS, PicState
+from client.irqchip.userspace._i8259 import I8259, NO_INTERRUPT
 from client.irqchip.userspace.chip import Delivery, UserspaceChip
 
 
@@ -42,12 +42,16 @@ _END_OF: Final = 0x60  # OCW2: the end of the interrupt that the low bits name
 
 
 class Pic(UserspaceChip):
-    """The pair as it is after power-on; see `program`. Input 2 is the cascade, and none to anybody else."""
+    """The pair as it is after power-on; see `program`."""
 
     def __init__(self, name: str = "pic") -> None:
         super().__init__(name, PIC_INPUTS)
         self._master = I8259(True, LEVEL_CAPABLE & 0xFF, self._master_cleared)
         self._slave = I8259(False, LEVEL_CAPABLE >> PIC_HALF, self._slave_cleared)
+
+    def has_input(self, gsi: int) -> bool:
+        """Whether a device can be on input `gsi`: not on that of the cascade."""
+        return gsi != PIC_CASCADE and super().has_input(gsi)
 
     def state(self) -> PicState:
         """The registers as they are now."""
@@ -58,8 +62,8 @@ class Pic(UserspaceChip):
         level, none masked, each interrupt ended by a command.
         """
         for port, icw2, icw3 in (
-            (Ports.MASTER, vectors, 1 << CASCADE),
-            (Ports.SLAVE, vectors + PIC_HALF, CASCADE),
+            (Ports.MASTER, vectors, 1 << PIC_CASCADE),
+            (Ports.SLAVE, vectors + PIC_HALF, PIC_CASCADE),
         ):
             self.write(port, 0x11)
             for word in (icw2, icw3, 0x01):
@@ -118,20 +122,20 @@ class Pic(UserspaceChip):
 
     def _end_cascade(self) -> None:
         """End the master's part of the slave's interrupts, once the slave serves none."""
-        if self._master.isr & 1 << CASCADE and not self._slave.isr:
-            self.write(Ports.MASTER, _END_OF | CASCADE)
+        if self._master.isr & 1 << PIC_CASCADE and not self._slave.isr:
+            self.write(Ports.MASTER, _END_OF | PIC_CASCADE)
 
     def _intack(self) -> tuple[int | None, int]:
         """The input, None if it is spurious, and the vector."""
         gsi: int | None = self._master.wanted()
         if gsi is None:
             vector = self._master.irq_base + NO_INTERRUPT
-        elif gsi != CASCADE:
+        elif gsi != PIC_CASCADE:
             vector = self._master.irq_base + gsi
             self._accepted(gsi)
             self._master.acknowledge(gsi)
         else:
-            self._master.acknowledge(CASCADE)
+            self._master.acknowledge(PIC_CASCADE)
             irq = self._slave.wanted()
             if irq is None:
                 gsi = None
@@ -157,12 +161,12 @@ class Pic(UserspaceChip):
 
     def _poll(self, half: I8259) -> int:
         irq = half.wanted()
-        cascade = half is self._master and irq == CASCADE
+        cascade = half is self._master and irq == PIC_CASCADE
         if irq is not None and not cascade:
             self._accepted(irq if half is self._master else irq + PIC_HALF)
         if irq is not None and half is self._slave:
-            self._master.isr &= ~(1 << CASCADE)
-            self._master.irr &= ~(1 << CASCADE)
+            self._master.isr &= ~(1 << PIC_CASCADE)
+            self._master.irr &= ~(1 << PIC_CASCADE)
         half.poll_read()
         if not cascade:  # the slave, which is polled next, does not ask anew
             self._update()
@@ -179,13 +183,8 @@ class Pic(UserspaceChip):
         irr = self._master.irr | self._slave.irr << PIC_HALF
         return bool(irr & 1 << gsi)
 
-    def _check(self, gsi: int) -> None:
-        super()._check(gsi)
-        if gsi == CASCADE:
-            raise IrqchipError(f"input {gsi} of {self.name}, which is the cascade", errno.EINVAL)
-
     def _master_cleared(self, irq: int, served: bool) -> None:
-        if irq != CASCADE:
+        if irq != PIC_CASCADE:
             self._cleared(irq, served)
 
     def _slave_cleared(self, irq: int, served: bool) -> None:
@@ -199,8 +198,8 @@ class Pic(UserspaceChip):
     def _update(self) -> None:
         """Follow up what may have changed the outputs: the slave's is an edge for the master."""
         if self._slave.wanted() is not None:
-            self._master.set_input(CASCADE, True)
-            self._master.set_input(CASCADE, False)
+            self._master.set_input(PIC_CASCADE, True)
+            self._master.set_input(PIC_CASCADE, False)
         self._want(self._master.wanted() is not None)
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.irqchip import IrqchipError
+from client.irqchip import InterruptController, IntxMode, IntxRoute, IrqchipError
 from client.irqchip.userspace import Delivery, Pic, open_pic
 from tests.client.irqchip.userspace.test_chip import active, devices
 
@@ -119,9 +119,13 @@ def test_a_masked_input_waits() -> None:
 
 
 def test_the_cascade_is_no_input_of_anybody() -> None:
+    chip = programmed()
+    assert [gsi for gsi in range(-1, 18) if not chip.has_input(gsi)] == [-1, 2, 16, 17]
     with pytest.raises(IrqchipError) as error:
-        programmed().set_level(2, True)
+        chip.set_level(2, True)
     assert error.value.errno == errno.EINVAL
+    with pytest.raises(IrqchipError):
+        InterruptController(chip, [IntxRoute(IntxMode.ENABLED, 2)])
 
 
 @pytest.mark.parametrize("port", [0x1F, 0x22, 0xA2, 0x4CF, 0x4D2])
