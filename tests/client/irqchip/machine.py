@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -44,6 +45,8 @@ class Socketed(Irqchip):
         self.attaches = attaches
         self.active = False
         self.attached: list[tuple[int, int]] = []
+        self.attachments = 0
+        """How often anybody attached."""
         self.levels: set[int] = set()
         """Inputs that are driven high by their level."""
 
@@ -66,6 +69,7 @@ class Socketed(Irqchip):
             raise IrqchipError(f"{self.name}: attaching to input {gsi}", errno.EBUSY)
         self.chip.attach(gsi, trigger_fd, resample_fd)
         self.attached.append((gsi, trigger_fd))
+        self.attachments += 1
 
     def detach(self, gsi: int, trigger_fd: int) -> None:
         self.chip.detach(gsi, trigger_fd)
@@ -221,6 +225,16 @@ class Driver:
                 pass
 
 
+@dataclass(frozen=True, slots=True)
+class Interrupt:
+    """An interrupt in service."""
+
+    chip: Socketed
+    delivery: Delivery
+    attachments: int
+    """To the irqchip when it was taken."""
+
+
 class Machine:
     """`drivers` of cards on one line, `chips` to route it to, and a CPU that does one thing at a time."""
 
@@ -228,7 +242,7 @@ class Machine:
         self.chips = chips
         self.controller = InterruptController(chips[0], [IntxRoute(IntxMode.ENABLED, 10)])
         self.drivers = [Driver(card) for card in cards]
-        self.in_service: list[tuple[UserspaceChip, Delivery]] = []
+        self.in_service: list[Interrupt] = []
 
     @property
     def chip(self) -> Socketed:
@@ -273,20 +287,25 @@ class Machine:
 
     # --- the CPU
 
-    def acknowledge(self) -> bool:
+    def acknowledge(self) -> None:
         """Take an interrupt, if there is one."""
         delivery = self.chip.chip.acknowledge()
         if delivery is not None:
-            self.in_service.append((self.chip.chip, delivery))
-        return delivery is not None
+            self.in_service.append(Interrupt(self.chip, delivery, self.chip.attachments))
 
-    def end(self) -> bool:
+    def end(self) -> None:
         """End the interrupt taken last, at the irqchip that it was taken from."""
         if self.in_service:
-            chip, delivery = self.in_service.pop()
-            chip.end(delivery)
-            return True
-        return False
+            interrupt = self.in_service.pop()
+            interrupt.chip.chip.end(interrupt.delivery)
+
+    @property
+    def outlasts(self) -> bool:
+        """Whether the interrupt taken last is older than an attachment to its irqchip, whose device is told
+        of its end all the same.
+        """
+        last = self.in_service[-1:]
+        return any(interrupt.attachments != interrupt.chip.attachments for interrupt in last)
 
     async def handle(self) -> None:
         """What a handler does: ask every card, then end the interrupt."""
