@@ -8,13 +8,13 @@ an inactive chip are left alone, and what they count waits until it is active ag
 from __future__ import annotations
 
 import errno
-import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
 from client._eventfd import identity, signal
+from client.irqchip._attachment import Attachment
 from client.irqchip.chip import Irqchip, IrqchipError
 from client.irqchip.registers import IOAPIC_INPUTS, PIC_CASCADE, PIC_HALF, PIC_INPUTS
 from client.kvm.errors import KvmError
@@ -32,25 +32,6 @@ def _refused() -> Iterator[None]:
         raise IrqchipError(error.doing, error.errno) from None
 
 
-class _Wire:
-    """Two eventfds on an input, by descriptors of our own."""
-
-    __slots__ = ("gsi", "resample_fd", "trigger_fd")
-
-    def __init__(self, gsi: int, trigger_fd: int, resample_fd: int) -> None:
-        self.gsi = gsi
-        self.trigger_fd = os.dup(trigger_fd)
-        try:
-            self.resample_fd = os.dup(resample_fd)
-        except OSError:
-            os.close(self.trigger_fd)
-            raise
-
-    def close(self) -> None:
-        os.close(self.trigger_fd)
-        os.close(self.resample_fd)
-
-
 class KvmChip(Irqchip):
     """What they have in common. Not active at first; raises IrqchipError with KVM's errno.
 
@@ -62,7 +43,7 @@ class KvmChip(Irqchip):
         self.name = name
         self.inputs = inputs
         self.active = False
-        self._wires: dict[tuple[int, int], _Wire] = {}
+        self._wires: dict[tuple[int, int], Attachment] = {}
         self._high: set[int] = set()
 
     @abstractmethod
@@ -70,7 +51,7 @@ class KvmChip(Irqchip):
         """Where an input of the VM leads while this chip is active."""
 
     @abstractmethod
-    def _plug(self, wire: _Wire) -> None:
+    def _plug(self, wire: Attachment) -> None:
         """Give an input's eventfds to KVM."""
 
     @abstractmethod
@@ -111,12 +92,9 @@ class KvmChip(Irqchip):
     def attach(self, gsi: int, trigger_fd: int, resample_fd: int) -> None:
         """KVM_IRQFD."""
         self._check(gsi)
-        trigger = identity(trigger_fd)
-        if trigger is None or identity(resample_fd) is None:
-            raise IrqchipError(f"{self.name}: no eventfd to attach", errno.EINVAL)
-        if any(trigger == attached for _, attached in self._wires):
+        if identity(trigger_fd) in {attached for _, attached in self._wires}:
             raise IrqchipError(f"{self.name}: this eventfd is attached already", errno.EBUSY)
-        wire = _Wire(gsi, trigger_fd, resample_fd)
+        wire = Attachment(gsi, trigger_fd, resample_fd)
         try:
             if self.active:
                 with _refused():
@@ -124,7 +102,7 @@ class KvmChip(Irqchip):
         except BaseException:
             wire.close()
             raise
-        self._wires[gsi, trigger] = wire
+        self._wires[gsi, wire.identity] = wire
 
     def detach(self, gsi: int, trigger_fd: int) -> None:
         """KVM_IRQFD_FLAG_DEASSIGN."""
@@ -165,7 +143,7 @@ class KvmChip(Irqchip):
 class _InKernel(KvmChip):
     """A chip whose levels and ends of interrupt are KVM's affair."""
 
-    def _plug(self, wire: _Wire) -> None:
+    def _plug(self, wire: Attachment) -> None:
         self.vm.irqfd(wire.gsi, wire.trigger_fd, wire.resample_fd)
 
     def _drive(self, gsi: int, level: bool) -> None:
@@ -213,7 +191,7 @@ class KvmSplit(KvmChip):
     def _route(self, gsi: int) -> MsiRoute:
         return MsiRoute(gsi, self._first_vector + gsi, level=True)
 
-    def _plug(self, wire: _Wire) -> None:
+    def _plug(self, wire: Attachment) -> None:
         self.vm.irqfd(wire.gsi, wire.trigger_fd)
 
     def _drive(self, gsi: int, level: bool) -> None:

@@ -7,7 +7,6 @@ the end of interrupt lets it go for all eventfds of that input, and then signals
 from __future__ import annotations
 
 import errno
-import os
 import select
 from abc import abstractmethod
 from collections.abc import AsyncIterator
@@ -19,6 +18,7 @@ import trio
 
 from client._eventfd import identity, signal, take
 from client._nursery import background
+from client.irqchip._attachment import Attachment
 from client.irqchip.chip import Irqchip, IrqchipError
 
 
@@ -58,24 +58,6 @@ class InputCounters:
     """The CPU ended the interrupt."""
 
 
-class _Attachment:
-    __slots__ = ("asserted", "gsi", "resample_fd", "trigger_fd")
-
-    def __init__(self, gsi: int, trigger_fd: int, resample_fd: int) -> None:
-        self.gsi = gsi
-        self.trigger_fd = os.dup(trigger_fd)
-        try:
-            self.resample_fd = os.dup(resample_fd)
-        except OSError:
-            os.close(self.trigger_fd)
-            raise
-        self.asserted = False
-
-    def close(self) -> None:
-        os.close(self.trigger_fd)
-        os.close(self.resample_fd)
-
-
 class UserspaceChip(Irqchip):
     """An irqchip in this process, not active at first. Its eventfds are heard in the block of `watched`.
 
@@ -93,9 +75,9 @@ class UserspaceChip(Irqchip):
         self._wanted = False  # the chip's output to the CPU, were it active
         self._cpus = trio.lowlevel.ParkingLot()
         self._epoll = select.epoll()
-        self._attached: dict[int, _Attachment] = {}  # by the identity of the trigger eventfd
-        self._by_fd: dict[int, _Attachment] = {}
-        self._at: list[list[_Attachment]] = [[] for _ in range(inputs)]
+        self._attached: dict[int | None, Attachment] = {}  # by the identity of the trigger eventfd
+        self._by_fd: dict[int, Attachment] = {}
+        self._at: list[list[Attachment]] = [[] for _ in range(inputs)]
         self._held = 0  # inputs high by set_level
         self._high = 0
         self._unheard = 0  # inputs with a pending interrupt: neither acknowledged nor taken back
@@ -125,33 +107,28 @@ class UserspaceChip(Irqchip):
         chip's block is over, and what the system said if there are no more descriptors.
         """
         self._check(gsi)
-        doing = f"attaching an eventfd to input {gsi} of {self.name}"
-        trigger = identity(trigger_fd)
-        if trigger is None or identity(resample_fd) is None:
-            raise IrqchipError(doing, errno.EINVAL)
-        if trigger in self._attached:
-            raise IrqchipError(doing, errno.EBUSY)
+        doing = f"attaching eventfds to input {gsi} of {self.name}"
         if self._epoll.closed:
             raise IrqchipError(doing, errno.ENODEV)
+        if identity(trigger_fd) in self._attached:
+            raise IrqchipError(doing, errno.EBUSY)
+        attachment = Attachment(gsi, trigger_fd, resample_fd)
         try:
-            attachment = _Attachment(gsi, trigger_fd, resample_fd)
+            self._epoll.register(attachment.trigger_fd, select.EPOLLIN)
         except OSError as error:
-            raise IrqchipError(doing, error.errno or errno.EMFILE) from error
-        self._epoll.register(attachment.trigger_fd, select.EPOLLIN)
+            attachment.close()
+            raise IrqchipError(doing, error.errno or 0) from None
         self._by_fd[attachment.trigger_fd] = attachment
-        self._attached[trigger] = attachment
+        self._attached[attachment.identity] = attachment
         self._at[gsi].append(attachment)
 
     def detach(self, gsi: int, trigger_fd: int) -> None:
         """See `Irqchip.detach`. An interrupt that no CPU has acknowledged is withdrawn if the chip can take
         it back; one in service stays so until it is ended, which then signals nobody.
         """
-        trigger = identity(trigger_fd)
-        if trigger is None:
-            return
-        attachment = self._attached.get(trigger)
+        attachment = self._attached.get(identity(trigger_fd))
         if attachment is not None and attachment.gsi == gsi:
-            del self._attached[trigger]
+            del self._attached[attachment.identity]
             self._part(attachment)
 
     def set_level(self, gsi: int, level: bool) -> None:
@@ -291,7 +268,7 @@ class UserspaceChip(Irqchip):
             attachment.asserted = True
             self._drive(attachment.gsi)
 
-    def _part(self, attachment: _Attachment) -> None:
+    def _part(self, attachment: Attachment) -> None:
         self._epoll.unregister(attachment.trigger_fd)
         del self._by_fd[attachment.trigger_fd]
         self._at[attachment.gsi].remove(attachment)
