@@ -256,7 +256,6 @@ class Intx:
         if self._bypass is None:
             return False
         masked = await self._attempt(requests.mask())
-        self._slow.clear()
         self._detach()
         if masked:
             self._drain()

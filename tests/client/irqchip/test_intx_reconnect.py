@@ -157,6 +157,24 @@ async def test_a_change_during_a_reconnect_follows_it(place: Place, step: int) -
         await intx.disable()
 
 
+async def test_a_reconnect_that_was_overtaken_and_fails_as_well_is_made_up_for(place: Place) -> None:
+    async with place.intx() as (intx, server), place.device() as (session, another):
+        async with trio.open_nursery() as nursery:
+            server.peer.sock.close()
+            await settled()
+            another.script = {1: Does.IGNORE, 2: Does.REFUSE}
+            nursery.start_soon(intx.reconnect, session)
+            await settled()
+            nursery.start_soon(place.controller.activate, place.xive)
+            await settled()
+            another.wake()
+        assert place.said()[-5:] == ["UNMASK", "MASK", "xive attach 5", "UNMASK|EVENTFD", "UNMASK"]
+        assert intx.accelerated
+        another.raise_line()
+        assert place.xive.take() == 1
+        await intx.disable()
+
+
 async def test_a_line_that_is_not_enabled_only_changes_its_session(place: Place) -> None:
     async with place.intx() as (intx, _), place.device() as (session, _):
         await intx.disable()

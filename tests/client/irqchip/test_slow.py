@@ -11,7 +11,9 @@ import trio
 import trio.testing
 
 import client
-from client.irqchip import NOWHERE, IntxMode, IntxRoute
+from client._eventfd import make_eventfd, signal, take
+from client.irqchip import NOWHERE, IntxCounters, IntxMode, IntxRoute
+from client.irqchip._slow import SlowPath
 from protocol.limits import INTX_MAPPINGS_OFF, INTX_TIMEOUT
 from tests.client.irqchip.scripted import (
     AUTOMASKED,
@@ -367,6 +369,33 @@ async def test_an_end_that_is_not_answered_holds_up_a_change_for_so_long_only(
         await place.controller.activate(place.xive)
         assert trio.current_time() - began <= INTX_TIMEOUT
         server.wake()
+
+
+async def test_whoever_is_deafened_leaves_alone_even_what_woke_him_up(place: Place) -> None:
+    class Deafening(trio.abc.Instrument):
+        """Somebody else's turn comes first."""
+
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            if task.name.endswith("_hear"):
+                slow.deafen()
+
+    async with trio.open_nursery() as nursery:
+
+        async def unmask() -> None:
+            raise AssertionError
+
+        slow = SlowPath(nursery, IntxCounters(), lambda level: None, unmask)
+        fd = make_eventfd()
+        slow.listen(fd)
+        await settled()
+        instrument = Deafening()
+        trio.lowlevel.add_instrument(instrument)
+        signal(fd)
+        await settled()
+        trio.lowlevel.remove_instrument(instrument)
+        assert not slow.pending
+        assert take(fd) == 1
+        os.close(fd)
 
 
 async def test_a_server_that_makes_its_eventfd_block_does_not_stop_us(place: Place) -> None:
