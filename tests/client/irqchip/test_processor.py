@@ -80,11 +80,11 @@ async def test_a_handler_is_called_for_each_interrupt_of_its_line_and_no_other()
 
 async def test_all_lines_of_an_input_have_their_handlers_called() -> None:
     async with machine() as (controller, cpu, _, _):
-        cards = [Card(controller, 0, mine=False), Card(controller, 2), Card(controller, 0, mine=False)]
+        cards = [Card(controller, line, mine=mine) for line, mine in ((0, False), (2, True), (2, False))]
         with (
             cpu.handling(0, cards[0].handler),
             cpu.handling(2, cards[1].handler),
-            cpu.handling(0, cards[2].handler),
+            cpu.handling(2, cards[2].handler),
         ):
             cards[1].interrupt()
             await wait_all_tasks_blocked()

@@ -107,6 +107,7 @@ def test_an_edge_is_delivered_once() -> None:
     assert not chip.asks
     chip.set_level(5, True)
     assert not chip.asks
+    assert chip.state().irr == 1 << 5, "KVM says so of an edge that came to nothing"
     chip.set_level(5, False)
     chip.set_level(5, True)
     assert serve(chip) == 5
@@ -254,6 +255,19 @@ async def test_what_waits_while_masked_is_withdrawn_and_what_was_sent_is_not() -
             assert not chip.state().entries[10].remote_irr
             counters = chip.counters[10]
             assert (counters.raised, counters.acknowledged, counters.ended) == (2, 1, 1)
+
+
+async def test_an_input_that_rises_again_while_its_interrupt_waits_has_raised_one() -> None:
+    with devices() as (device,):
+        async with active(open_ioapic) as chip:
+            for _ in range(2):
+                device.attach(chip)
+                await device.fire()
+                device.detach(chip)
+            assert serve(chip) == 10
+            assert not chip.asks
+            counters = chip.counters[10]
+            assert (counters.triggered, counters.raised, counters.acknowledged) == (2, 1, 1)
 
 
 class VectorModel:

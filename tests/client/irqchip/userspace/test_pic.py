@@ -43,8 +43,10 @@ def taken(chip: Pic) -> int:
 
 
 def test_it_is_programmed_as_firmware_does() -> None:
-    state = programmed(vectors=0x40, level=0xFFFF).state()
-    assert (state.master.irq_base, state.slave.irq_base) == (0x40, 0x48)
+    state = programmed(vectors=0x43, level=0xFFFF).state()
+    assert (state.master.irq_base, state.slave.irq_base) == (0x40, 0x48), (
+        "vectors of eight have one beginning"
+    )
     assert state.elcr == sum(1 << gsi for gsi in LEVELS), "the others are edges in every PC"
     assert (state.imr, state.irr, state.isr) == (0, 0, 0)
 
@@ -227,6 +229,33 @@ def test_in_special_fully_nested_mode_the_slave_may_interrupt_itself() -> None:
         assert chip.state().isr == 0
 
 
+def test_special_fully_nested_mode_means_nothing_to_the_slave() -> None:
+    chip = programmed()
+    initialize(chip, SLAVE, 0x11, 0x28, 2, 0x11)
+    chip.set_level(10, True)
+    assert taken(chip) == 10
+    chip.write(MASTER, 0x62)
+    chip.set_level(11, True)
+    assert not chip.asks
+
+
+def test_initialization_forgets_edges_and_no_levels() -> None:
+    chip = programmed(level=1 << 5)
+    for gsi in (4, 5):
+        chip.set_level(gsi, True)
+    initialize(chip, MASTER, 0x11, 0x20, 4, 0x01)
+    assert chip.state().master.irr == 1 << 5
+    assert chip.state().master.last_irr == 0
+
+
+def test_an_end_of_what_is_not_in_service_is_none() -> None:
+    chip = programmed()
+    chip.write(MASTER, 0x60 | 5)
+    chip.end(Delivery(5, 0x25))
+    chip.end(Delivery(10, 0x2A))
+    assert chip.counters[5].ended == chip.counters[10].ended == 0
+
+
 def test_an_end_suits_halves_of_different_modes() -> None:
     chip = programmed(level=0)
     initialize(chip, SLAVE, 0x11, 0x28, 2, 0x03)  # automatic end of interrupt for the slave alone
@@ -254,11 +283,22 @@ def test_a_poll_takes_and_ends_what_waits() -> None:
         assert (counters.raised, counters.acknowledged, counters.ended) == (1, 1, 1)
 
 
+def test_a_level_that_was_polled_interrupts_again_when_it_is_driven_again() -> None:
+    chip = programmed()
+    chip.set_level(5, True)
+    chip.write(MASTER, POLL)
+    assert chip.read(MASTER) == 0x85
+    assert not chip.asks
+    chip.set_level(5, True)
+    assert taken(chip) == 5
+
+
 def test_a_poll_of_the_cascade_leads_to_the_slave() -> None:
     chip = programmed(level=0)
     chip.set_level(10, True)
     chip.write(MASTER, POLL)
     assert chip.read(MASTER) == 0x82
+    assert not chip.state().master.irr, "the slave, which will be polled, does not ask again"
     chip.write(SLAVE, POLL)
     assert chip.read(SLAVE) == 0x82
     assert chip.state().irr == 0
