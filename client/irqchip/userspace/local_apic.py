@@ -80,7 +80,7 @@ class LocalApic:
         return bool(destination & self._logical) if logical else destination == self._id
 
     def accept(self, vector: int, level: bool) -> bool:
-        """A message from an I/O APIC; whether it was accepted, which is no later than the CPU can be told."""
+        """A message from an I/O APIC; whether it was accepted. That cannot be undone."""
         if not self._svr & _ENABLED:
             return False
         bit = 1 << vector
