@@ -62,29 +62,26 @@ class KvmChip(Irqchip):
         """The VM's inputs lead here and nowhere else."""
         if self.active:
             return
-        try:
-            with _refused():
-                self.vm.set_routes([self._route(gsi) for gsi in range(self.inputs)])
+        with _refused():
+            self.vm.set_routes([self._route(gsi) for gsi in range(self.inputs)])
+            self.active = True
+            try:
                 for wire in self._wires.values():
                     self._plug(wire)
                 for gsi in self._high:
                     self._drive(gsi, True)
-        except BaseException:
-            self._unplug_all()
-            raise
-        self.active = True
+            except KvmError:
+                self.deactivate()
+                raise
 
     def deactivate(self) -> None:
         """The VM's inputs lead nowhere. Before that all are taken down, for later nobody could."""
-        if self.active:
-            self._unplug_all()
-            self.active = False
-
-    def _unplug_all(self) -> None:
+        if not self.active:
+            return
+        self.active = False
         with _refused():
             for wire in self._wires.values():
-                with suppress(KvmError):  # one that was not plugged: `activate` failed before
-                    self.vm.remove_irqfd(wire.gsi, wire.trigger_fd)
+                self.vm.remove_irqfd(wire.gsi, wire.trigger_fd)
             for gsi in self._high:
                 self._drive(gsi, False)
             self.vm.set_routes([])
@@ -127,11 +124,10 @@ class KvmChip(Irqchip):
         (self._high.add if level else self._high.discard)(gsi)
 
     def close(self) -> None:
-        """Let go of everything; the VM may be closed before or after."""
+        """Let go of everything; the VM may have been closed before."""
+        with suppress(IrqchipError):
+            self.deactivate()
         for wire in self._wires.values():
-            if self.active:
-                with suppress(KvmError):  # the VM is closed already
-                    self.vm.remove_irqfd(wire.gsi, wire.trigger_fd)
             wire.close()
         self._wires.clear()
 

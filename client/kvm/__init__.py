@@ -1,5 +1,6 @@
 """A small machine on /dev/kvm: memory, an irqchip, a processor that runs a few hundred bytes of ours."""
 
+from client.kvm.errors import GuestError as GuestError
 from client.kvm.errors import KvmError as KvmError
 from client.kvm.machine import RealModeMachine as RealModeMachine
 from client.kvm.machine import Register as Register

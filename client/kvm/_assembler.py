@@ -101,7 +101,7 @@ def store_edx(address: int) -> bytes:
 
 
 def compare_eax(address: int) -> bytes:
-    """The zero flag says whether EAX is the 32 bits at an address."""
+    """Whether EAX is below the 32 bits at an address, without signs."""
     return b"\x66\x3b\x06" + struct.pack("<H", address)
 
 
@@ -115,9 +115,9 @@ def unless_zero(then: bytes) -> bytes:
     return b"\x74" + struct.pack("<b", len(then)) + then
 
 
-def if_zero(then: bytes) -> bytes:
-    """`then`, jumped over unless the zero flag is set; at most 127 bytes."""
-    return b"\x75" + struct.pack("<b", len(then)) + then
+def unless_below(then: bytes) -> bytes:
+    """`then`, jumped over if what was compared was below; at most 127 bytes."""
+    return b"\x72" + struct.pack("<b", len(then)) + then
 
 
 def forever(body: bytes) -> bytes:

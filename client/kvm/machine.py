@@ -57,6 +57,8 @@ class RealModeMachine(Exits):
         self._registers = registers
         self._ready = trio.Event()
         self._done = trio.Event()
+        for target in (realmode.TOTAL_TARGET, realmode.ANSWERED_TARGET):
+            _NUMBER.pack_into(memory, target, realmode.NEVER)
 
     def interrupts(self, gsi: int) -> int:
         """How many interrupts of an input were taken and ended."""
@@ -72,17 +74,37 @@ class RealModeMachine(Exits):
         return self._number(realmode.TOTAL)
 
     @property
+    def answers(self) -> int:
+        """How often registers were not zero, in interrupts of whatever input."""
+        return self._number(realmode.ANSWERED)
+
+    @property
     def spurious(self) -> int:
         """Interrupts without a reason: the input was low again before the CPU asked which it was."""
         return self._number(realmode.SPURIOUS)
 
     async def wait_for(self, total: int) -> None:
-        """Wait until `total` interrupts were ended. One task at a time."""
+        """Wait until `total` interrupts were ended. One task at a time waits, for this or for answers."""
+        await self._wait(realmode.TOTAL, realmode.TOTAL_TARGET, total)
+
+    async def wait_for_answers(self, answers: int) -> None:
+        """Wait until registers were not zero `answers` times; the last interrupt may not be ended yet.
+
+        Where interrupts are ended early, as by a KVM whose local APIC does not wait for the guest, a line
+        that is still high interrupts again for nothing: then this is what tells how often a card was heard.
+        """
+        await self._wait(realmode.ANSWERED, realmode.ANSWERED_TARGET, answers)
+
+    async def _wait(self, count: int, target: int, number: int) -> None:
         self._done = trio.Event()
-        _NUMBER.pack_into(self._memory, realmode.TARGET, total)
-        await trio.lowlevel.checkpoint()  # the guest sees the target before we look, or we see its count
-        if self.total < total:
-            await self._done.wait()
+        _NUMBER.pack_into(self._memory, target, number)
+        try:
+            await trio.lowlevel.checkpoint()  # the guest sees the target before we look, or we see its count
+            while self._number(count) < number:
+                await self._done.wait()
+                self._done = trio.Event()
+        finally:
+            _NUMBER.pack_into(self._memory, target, realmode.NEVER)
 
     def _number(self, address: int) -> int:
         number: int = _NUMBER.unpack_from(self._memory, address)[0]

@@ -22,9 +22,13 @@ _CODE_END: Final = 0xE000  # what lies between is the stack
 
 TOTAL: Final = 0x600
 """Interrupts that were ended, on whatever input."""
-TARGET: Final = 0x604
-"""Which `TOTAL` is to be told by DONE_PORT."""
-SPURIOUS: Final = 0x608
+ANSWERED: Final = 0x604
+"""Registers that were not zero, in interrupts of whatever input."""
+TOTAL_TARGET: Final = 0x608
+ANSWERED_TARGET: Final = 0x60C
+"""From how many on an interrupt is told by DONE_PORT."""
+NEVER: Final = 0xFFFF_FFFF
+SPURIOUS: Final = 0x610
 """Interrupts that a controller could not say the reason of: the line went down before it was asked."""
 _INTERRUPTS: Final = 0x640
 _NONZERO: Final = 0x6C0
@@ -37,7 +41,7 @@ ENDED_PORT: Final = 0xE3
 WINDOW: Final = 0xD_0000
 """Where devices' registers are: a page each."""
 MAX_REGISTERS: Final = 8
-"""Registers that a handler asks: a segment has room for 16 pages, a short jump for what each takes."""
+"""Registers that a handler asks. The window ends at 0xD8000, and there is room for that code at each input."""
 
 PIC_VECTORS: Final = 0x20
 APIC_VECTORS: Final = 0x40
@@ -131,12 +135,17 @@ _END_AT_SPLIT: Final = _END_AT_APIC + asm.out(ENDED_PORT, 0)
 
 
 def _handler(gsi: int, registers: Sequence[int], end: bytes) -> bytes:
-    """Ask the devices, end the interrupt, count it, tell if it is the one that is waited for."""
+    """Ask the devices, end the interrupt, count it, tell if as many are waited for."""
     ask = b"".join(
-        asm.load_al_es(offset) + asm.TEST_AL + asm.unless_zero(asm.increment(nonzero_of(gsi)))
+        asm.load_al_es(offset)
+        + asm.TEST_AL
+        + asm.unless_zero(asm.increment(nonzero_of(gsi)) + asm.increment(ANSWERED))
         for offset in registers
     )
-    tell = asm.load_eax(TOTAL) + asm.compare_eax(TARGET) + asm.if_zero(asm.out(DONE_PORT, 0))
+    tell = b"".join(
+        asm.load_eax(count) + asm.compare_eax(target) + asm.unless_below(asm.out(DONE_PORT, 0))
+        for count, target in ((TOTAL, TOTAL_TARGET), (ANSWERED, ANSWERED_TARGET))
+    )
     return (
         asm.PUSH_EAX
         + asm.PUSH_ECX
@@ -181,7 +190,7 @@ def counting_guest(inputs: Sequence[int], registers: Sequence[int], *, pic: bool
         + asm.STI
         + asm.forever(asm.HLT)
     )
-    handlers = {PIC_VECTORS + _PIC_PINS - 1: _STRAY_OF_SLAVE}
+    handlers = {PIC_VECTORS + _PIC_PINS - 1: _STRAY_OF_SLAVE} if pic else {}
     end = _END_AT_APIC if pic else _END_AT_SPLIT
     handlers |= {APIC_VECTORS + gsi: _handler(gsi, registers, end) for gsi in inputs}
     handlers |= {PIC_VECTORS + gsi: _handler(gsi, registers, _end_at_pic(gsi)) for gsi in on_pic}

@@ -62,7 +62,7 @@ class Vcpu:
     """Processor `number`. A context manager; close it before its VM.
 
     Its CPUID is `cpuid`, by default all that KVM proposes without a word of encrypted memory, which no guest
-    of ours has. Raises KvmError.
+    of ours has. Raises KvmError: EEXIST for a number that was used before, for a VM keeps its processors.
     """
 
     def __init__(self, vm: Vm, number: int = 0, *, cpuid: Sequence[CpuidEntry] | None = None) -> None:

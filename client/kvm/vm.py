@@ -223,8 +223,12 @@ class Vm:
             raise KvmError(doing, error.errno or 0) from None
 
     def close(self) -> None:
-        """End the machine; memory that was lent is given back. Processors must have been closed."""
+        """End the machine; memory that was lent is given back. Processors must have been closed.
+
+        Whatever is asked of it afterwards is refused with EBADF.
+        """
         self._closing.close()
+        self.fd = self._system = -1
         for _, view in self._slots.values():
             view.release()
         self._slots.clear()

@@ -42,7 +42,7 @@ INSTRUCTIONS = {
     "cmpl 0x604, %eax": asm.compare_eax(0x604),
     "lock incl 0x604": asm.increment(0x604),
     "jz 1f; hlt; hlt; 1:": asm.unless_zero(asm.HLT * 2),
-    "jnz 1f; hlt; hlt; 1:": asm.if_zero(asm.HLT * 2),
+    "jb 1f; hlt; hlt; 1:": asm.unless_below(asm.HLT * 2),
     "1: hlt; nop; jmp 1b": asm.forever(asm.HLT + asm.NOP),
     "movw $0x4d0, %dx; movb $7, %al; outb %al, %dx": asm.out(0x4D0, 7),
     "movw $0x4d0, %dx; outb %al, %dx": asm.out_al(0x4D0),
@@ -65,7 +65,7 @@ def test_instructions_are_those_of_a_real_assembler(
     assert dict(zip(INSTRUCTIONS, theirs, strict=True)) == INSTRUCTIONS
 
 
-@pytest.mark.parametrize("jump", [asm.unless_zero, asm.if_zero])
+@pytest.mark.parametrize("jump", [asm.unless_zero, asm.unless_below])
 def test_a_jump_is_short(jump: Callable[[bytes], bytes]) -> None:
     assert len(jump(asm.NOP * 127)) == 129
     with pytest.raises(Exception, match="format requires"):

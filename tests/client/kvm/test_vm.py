@@ -90,6 +90,18 @@ def test_a_kvm_of_another_age_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         Vm()
 
 
+@pytest.mark.vcpu
+def test_a_machine_that_has_ended_refuses_everything() -> None:
+    with no_fd_leaks():
+        machine = Vm()
+        machine.close()
+        machine.close()
+        for asked in (machine.pic_state, machine.supported_cpuid, lambda: machine.irq_line(5, True)):
+            with pytest.raises(KvmError) as caught:
+                asked()
+            assert caught.value.errno == errno.EBADF
+
+
 # --- memory
 
 
