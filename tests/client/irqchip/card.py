@@ -171,10 +171,13 @@ class Card:
 
 
 class Link:
-    """A client's session with a card, and the server's end of it."""
+    """A client's session with a card, and the server's end of it: in this thread's loop, or in a `thread` of
+    its own, where `lose` does not reach it.
+    """
 
-    def __init__(self, card: Card) -> None:
+    def __init__(self, card: Card, *, thread: bool = False) -> None:
         self._card = card
+        self._thread = thread
         self._server = trio.CancelScope()
         self._leave = trio.Event()
         self._gone = trio.Event()
@@ -192,8 +195,14 @@ class Link:
         self._gone.set()
 
     async def _serve(self, sock: socket.socket) -> None:
-        with self._server:
+        async def serve() -> None:
             await Session(self._card.function, sock).run()
+
+        with self._server:
+            if self._thread:
+                await trio.to_thread.run_sync(trio.run, serve)
+            else:
+                await serve()
 
     def lose(self) -> None:
         """The server ends; the card is reset, as for any client that is gone."""

@@ -89,6 +89,8 @@ class Socketed(Irqchip):
 
     def holds(self, gsi: int) -> bool:
         """Whether there is an interrupt of this input that a CPU has yet to take, or to end."""
+        if not 0 <= gsi < self.inputs:
+            return False
         if isinstance(self.chip, Pic):
             pic = self.chip.state()
             return bool((pic.irr | pic.isr) >> gsi & 1)
@@ -100,8 +102,9 @@ class Socketed(Irqchip):
 class Driver:
     """Uses INTx of a card, or MSI-X; may lose its session and get another one."""
 
-    def __init__(self, card: Card) -> None:
+    def __init__(self, card: Card, *, thread: bool = False) -> None:
         self.card = card
+        self._thread = thread
         self.line: Intx
         self.link: Link | None = None
         self.msix = False
@@ -133,7 +136,7 @@ class Driver:
         return not self.lost and not self.msix
 
     async def _connect(self) -> Link:
-        link = Link(self.card)
+        link = Link(self.card, thread=self._thread)
         await self._nursery.start(link.run)
         self._bars = [Bar(link.session, REGISTERS), Bar(link.session, MEMORY)]
         return link
