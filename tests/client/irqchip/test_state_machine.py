@@ -20,7 +20,7 @@ from typing import Final
 import pytest
 import trio
 import trio.testing
-from hypothesis import given, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from client.irqchip import NOWHERE, IntxMode, IntxRoute, IrqchipError
@@ -30,8 +30,9 @@ from tests.client.irqchip.machine import Driver, Machine, Socketed
 from tests.client.peer import open_fds
 
 THOROUGH: Final = os.environ.get("CI", "").lower() == "true"
-EXAMPLES: Final = 10_000 if THOROUGH else 500
-EXAMPLES_OF_TWO: Final = EXAMPLES // 5
+STORIES: Final = 10_000 if THOROUGH else 500
+PARTS: Final = 10
+PARTS_OF_TWO: Final = 2
 MAPPINGS_BACK_S: Final = 1.2
 """Longer than BAR mappings stay off after the last interrupt on the slow path."""
 
@@ -112,6 +113,7 @@ class Story:
         self._changing = 0
         self._merged = 0
         self._excused = False
+        self._commanded = False
 
     def _begin(self, driver: Driver, step: Step) -> None:
         machine, start = self._machine, self._nursery.start_soon
@@ -127,7 +129,7 @@ class Story:
             case Do.ACKNOWLEDGE:
                 machine.acknowledge()
             case Do.END:
-                self._excused |= self._changing > 0 or machine.outlasts
+                self._excused |= self._changing > 0 or machine.outlasts or len(machine.drivers) > 1
                 machine.end()
             case Do.ACTIVATE:
                 self._change(self._activate, machine.chips[step.number % len(machine.chips)], None)
@@ -140,7 +142,7 @@ class Story:
             case Do.MSIX | Do.INTX:
                 self._change(driver.use_msix, step.do is Do.MSIX)
             case Do.DISABLE | Do.ENABLE:
-                self._excused = True
+                self._commanded = True
                 start(driver.command, step.do is Do.DISABLE)
             case Do.LOSE:
                 driver.lose()
@@ -206,7 +208,6 @@ class Story:
             if driver.lost:
                 await driver.reconnect()
             await driver.use_msix(False)
-            self._excused = True
             await driver.command(False)
             await self._settle()
             if not self._machine.straight:
@@ -257,8 +258,8 @@ class Story:
         """Each signal was taken once: by an irqchip, by the slow path, or by a change that has it repeated.
 
         And none came before the one before was done with, unless two had the line speak: whoever owed an
-        UNMASK, and a driver who cleared INTX_DISABLE, or a CPU that ended an interrupt amid a change or one
-        from before.
+        UNMASK, and a driver who cleared INTX_DISABLE since, or a CPU that ended an interrupt amid a change,
+        or one from before, or one of both cards.
         """
         machine = self._machine
         signals = sum(driver.card.signals for driver in machine.drivers)
@@ -267,8 +268,11 @@ class Story:
         assert signals == taken + sum(counters.triggers + counters.drained for counters in own)
         merged = sum(counters.merged for counters in machine.counters)
         merged += sum(counters.merged for counters in own)
-        assert merged == self._merged or self._excused
+        assert merged == self._merged or self._excused or self._commanded
         self._merged, self._excused = merged, False
+        self._commanded &= machine.chip.holds(machine.route.gsi) or any(
+            driver.line.pending or driver.card.lines.intx_masked for driver in machine.drivers
+        )
 
 
 def somebody_will_unmask(machine: Machine, driver: Driver) -> bool:
@@ -330,15 +334,23 @@ def run(steps: list[Step], cards: int) -> None:
     assert len(open_fds()) <= before
 
 
-@pytest.mark.timeout(900)
-@settings(max_examples=EXAMPLES, derandomize=True)
-@given(STEPS, st.random_module())
-def test_a_line_never_goes_deaf_and_nothing_is_heard_twice(steps: list[Step], schedule: object) -> None:
-    run(steps, 1)
+def stories(seed_of: int, count: int, cards: int) -> None:
+    """So many, the same ones each time; another seed has others."""
+
+    @seed(seed_of)
+    @settings(max_examples=count, database=None)
+    @given(STEPS, st.random_module())
+    def true(steps: list[Step], schedule: object) -> None:
+        run(steps, cards)
+
+    true()
 
 
-@pytest.mark.timeout(300)
-@settings(max_examples=EXAMPLES_OF_TWO, derandomize=True)
-@given(STEPS, st.random_module())
-def test_two_cards_on_one_line_are_both_heard(steps: list[Step], schedule: object) -> None:
-    run(steps, 2)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_line_never_goes_deaf_and_nothing_is_heard_twice(part: int) -> None:
+    stories(part, STORIES // PARTS, 1)
+
+
+@pytest.mark.parametrize("part", range(PARTS_OF_TWO))
+def test_two_cards_on_one_line_are_both_heard(part: int) -> None:
+    stories(part, STORIES // PARTS, 2)
