@@ -17,9 +17,11 @@ from client.errors import Disconnected as Disconnected
 from client.errors import ServerError as ServerError
 from client.interrupts import Interrupt as Interrupt
 from client.interrupts import IntxLine as IntxLine
+from client.interrupts import err as err
 from client.interrupts import intx as intx
 from client.interrupts import msi as msi
 from client.interrupts import msix as msix
+from client.interrupts import req as req
 from client.io_fds import IoFds as IoFds
 from client.migration import MigrationControl as MigrationControl
 from client.migration import MigrationError as MigrationError

@@ -192,3 +192,23 @@ async def intx(session: Session) -> AsyncIterator[IntxLine]:
         stack.callback(line.close)
         await stack.enter_async_context(_wired(session, IrqIndex.INTX, [line]))
         yield line
+
+
+@asynccontextmanager
+async def _sole(session: Session, index: IrqIndex) -> AsyncIterator[Interrupt]:
+    async with _vectors(session, index, 1) as (interrupt,):
+        yield interrupt
+
+
+def err(session: Session) -> AbstractAsyncContextManager[Interrupt]:
+    """Fires when the device has failed for good (VFIO_PCI_ERR_IRQ_INDEX); raises ClientError if it cannot
+    tell.
+    """
+    return _sole(session, IrqIndex.ERR)
+
+
+def req(session: Session) -> AbstractAsyncContextManager[Interrupt]:
+    """Fires when whoever serves the device wants it back (VFIO_PCI_REQ_IRQ_INDEX), again and again until the
+    session ends; raises ClientError if nobody will.
+    """
+    return _sole(session, IrqIndex.REQ)

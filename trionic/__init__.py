@@ -14,9 +14,12 @@ from trionic._rooms import check_rooms, version
 check_rooms()
 
 if TYPE_CHECKING:
-    from client import connect, dma_memory, intx, msi, msix
+    from client import connect, dma_memory, err, intx, msi, msix, req
+    from client.irqchip import InterruptController, IntxMode, IntxRoute, open_intx
+    from client.irqchip.processor import open_processor
+    from client.irqchip.userspace import open_ioapic, open_pic
     from client.pci import read_config
-    from client.virtio import NetDriver, Wiring, open_net
+    from client.virtio import NetDriver, Slot, Wiring, open_net
     from device.function import PciFunction
     from firmware import Nic
     from firmware.ports import PortError, open_port
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 __all__ = [
     "CardConfig",
     "ConfigError",
+    "InterruptController",
+    "IntxMode",
+    "IntxRoute",
     "NetDriver",
     "Nic",
     "PciFunction",
@@ -39,17 +45,24 @@ __all__ = [
     "Release",
     "ServeConfig",
     "ServerError",
+    "Slot",
     "TrionicError",
     "Wiring",
     "connect",
     "dma_memory",
+    "err",
     "intx",
     "load_config",
     "msi",
     "msix",
+    "open_intx",
+    "open_ioapic",
     "open_net",
+    "open_pic",
     "open_port",
+    "open_processor",
     "read_config",
+    "req",
     "serve",
     "serve_cards",
 ]
@@ -57,6 +70,9 @@ __all__ = [
 _HOMES = {
     "CardConfig": "trionic.config",
     "ConfigError": "trionic.errors",
+    "InterruptController": "client.irqchip",
+    "IntxMode": "client.irqchip",
+    "IntxRoute": "client.irqchip",
     "NetDriver": "client.virtio",
     "Nic": "firmware",
     "PciFunction": "device.function",
@@ -65,17 +81,24 @@ _HOMES = {
     "Release": "server",
     "ServeConfig": "trionic.config",
     "ServerError": "server",
+    "Slot": "client.virtio",
     "TrionicError": "trionic.errors",
     "Wiring": "client.virtio",
     "connect": "client",
     "dma_memory": "client",
+    "err": "client",
     "intx": "client",
     "load_config": "trionic.config",
     "msi": "client",
     "msix": "client",
+    "open_intx": "client.irqchip",
+    "open_ioapic": "client.irqchip.userspace",
     "open_net": "client.virtio",
+    "open_pic": "client.irqchip.userspace",
     "open_port": "firmware.ports",
+    "open_processor": "client.irqchip.processor",
     "read_config": "client.pci",
+    "req": "client",
     "serve": "server",
     "serve_cards": "trionic.serving",
 }

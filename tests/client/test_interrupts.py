@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 
 import pytest
 import trio
@@ -11,7 +13,7 @@ import client
 from protocol.vfio import IrqIndex
 from tests.client.peer import SET_IRQS, Message, Peer, open_fds, session_with
 
-INTX, MSI, MSIX = 0, 1, 2
+INTX, MSI, MSIX, ERR, REQ = 0, 1, 2, 3, 4
 NONE, BOOL, EVENTFD, MASK, UNMASK, TRIGGER = 1, 2, 4, 8, 16, 32
 
 
@@ -167,3 +169,31 @@ async def test_a_server_cannot_make_looking_at_an_interrupt_block() -> None:
         os.eventfd_write(interrupt.fd, 3)
         assert (interrupt.poll(), interrupt.poll()) == (3, 0)
         interrupt.close()
+
+
+@pytest.mark.parametrize(("kind", "index"), [(client.err, ERR), (client.req, REQ)], ids=["err", "req"])
+async def test_errors_and_requests_are_heard_beside_everything_else(
+    kind: Callable[[client.Session], AbstractAsyncContextManager[client.Interrupt]], index: int
+) -> None:
+    before = open_fds()
+    async with session_with() as (session, peer), trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            vector = await irqs(peer, MSIX, EVENTFD | TRIGGER, 0, 1)
+            message = await irqs(peer, index, EVENTFD | TRIGGER, 0, 1)
+            os.eventfd_write(message.fds[0], 1)
+            for of in (index, MSIX):
+                await irqs(peer, of, NONE | TRIGGER, 0, 0)
+            for fd in (*vector.fds, *message.fds):
+                os.close(fd)
+
+        nursery.start_soon(serve)
+        async with client.msix(session, 1), kind(session) as interrupt:
+            assert await interrupt.wait() == 1
+    assert open_fds() == before
+
+
+async def test_a_device_that_cannot_ask_to_be_let_go_is_told() -> None:
+    async with session_with(irqs=(1, 32, 4, 1, 0)) as (session, _):
+        with pytest.raises(client.ClientError, match="1 vectors of REQ: the device has 0"):
+            await client.req(session).__aenter__()

@@ -21,7 +21,11 @@ def run(name: str, *arguments: str) -> str:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("echo.py", "100 frames out and back\n"), ("adder.py", "the sum of 10 numbers is 55\n")],
+    [
+        ("echo.py", "100 frames out and back\n"),
+        ("adder.py", "the sum of 10 numbers is 55\n"),
+        ("irqchips.py", "1000 frames out and back, 10 changes of the irqchip\n"),
+    ],
 )
 def test_an_example_does_what_it_says(name: str, said: str) -> None:
     assert run(name) == said
@@ -33,4 +37,4 @@ def test_the_identity_of_a_served_card_is_read(tmp_path: Path) -> None:
 
 
 def test_every_example_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"ids.py", "echo.py", "adder.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"ids.py", "echo.py", "adder.py", "irqchips.py"}
