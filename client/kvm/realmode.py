@@ -41,7 +41,7 @@ ENDED_PORT: Final = 0xE3
 WINDOW: Final = 0xD_0000
 """Where devices' registers are: a page each."""
 MAX_REGISTERS: Final = 8
-"""Registers that a handler asks. The window ends at 0xD8000, and there is room for that code at each input."""
+"""Registers that a handler asks: the window ends at 0xD8000, and at each input there is room for the code."""
 
 PIC_VECTORS: Final = 0x20
 APIC_VECTORS: Final = 0x40
