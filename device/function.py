@@ -243,7 +243,7 @@ class PciFunction:
         self.config.store(ConfigSpace.STATUS, Status.SIZE, Status.INTERRUPT.put(status, level))
 
     def _command_written(self, old: int, new: int) -> None:
-        self.interrupts.lines.intx_disable(bool(new & Command.INTX_DISABLE.mask))
+        self.interrupts.line.disable(bool(new & Command.INTX_DISABLE.mask))
         if (old ^ new) & Command.BUS_MASTER.mask:
             self.on_bus_master(bool(new & Command.BUS_MASTER.mask))
 

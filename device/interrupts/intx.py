@@ -30,6 +30,12 @@ class Intx:
         self.unmask_fd_fired()
         self.lines.intx_mask()
 
+    def disable(self, disabled: bool) -> None:
+        """Follow COMMAND.INTX_DISABLE."""
+        if disabled != self.lines.intx_disabled:
+            self.unmask_fd_fired()
+            self.lines.intx_disable(disabled)
+
     def wire(self, fd: int | None) -> None:
         """Signal `fd`, which is closed one day, from now on; None leaves the line without a listener.
 

@@ -231,7 +231,7 @@ def test_the_test_trigger_of_intx_is_silent_while_disabled(
 ) -> None:
     interrupts.set_trigger(IrqKind.INTX, 0, [ears[0].fd])
     interrupts.trigger(IrqKind.INTX, 0, [True])
-    interrupts.lines.intx_disable(True)
+    interrupts.line.disable(True)
     interrupts.trigger(IrqKind.INTX, 0, [True])
     assert ears[0].heard() == 1
 

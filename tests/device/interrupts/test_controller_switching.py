@@ -122,6 +122,8 @@ class Model:
         self.settle()
 
     def disable_intx(self, disabled: bool) -> None:
+        if disabled != self.disabled:
+            self.hear_resample()
         if disabled and not self.disabled:
             self.mask()
             self.disabled = True
@@ -179,7 +181,7 @@ class Switching(RuleBasedStateMachine):
 
     @rule(disabled=st.booleans())
     def the_driver_writes_intx_disable(self, disabled: bool) -> None:
-        self.interrupts.lines.intx_disable(disabled)
+        self.interrupts.line.disable(disabled)
         self.model.disable_intx(disabled)
 
     @rule(enabled=st.booleans(), function_mask=st.booleans())
@@ -198,7 +200,7 @@ class Switching(RuleBasedStateMachine):
     def the_function_is_reset(self) -> None:
         self.interrupts.reset()
         self.interrupts.configure_msix(enabled=False, function_mask=False)
-        self.interrupts.lines.intx_disable(False)
+        self.interrupts.line.disable(False)
         self.model.reset()
 
     # --- the client

@@ -129,6 +129,29 @@ def test_a_mask_comes_after_the_unmasking_that_was_signalled_before_it(rig: Rig)
     assert rig.interrupts.lines.intx_masked
 
 
+def test_intx_disable_comes_after_the_unmasking_that_was_signalled_before_it(rig: Rig) -> None:
+    rig.interrupts.set_unmask_fd(INTX, rig.resample.fd)
+    rig.interrupts.intx(True)
+    assert rig.ear.heard() == 1
+    rig.interrupts.intx(False)
+    rig.resample.say()
+    rig.interrupts.line.disable(True)
+    rig.interrupts.intx(True)
+    rig.interrupts.line.disable(False)
+    rig.interrupts.line.unmask_fd_fired()
+    assert rig.ear.heard() == 1, "nobody has ended it since"
+
+
+def test_what_the_resample_eventfd_says_while_intx_is_disabled_counts_for_nothing(rig: Rig) -> None:
+    rig.interrupts.set_unmask_fd(INTX, rig.resample.fd)
+    rig.interrupts.line.disable(True)
+    rig.interrupts.intx(True)
+    rig.resample.say()
+    rig.interrupts.line.disable(False)
+    rig.interrupts.line.unmask_fd_fired()
+    assert rig.ear.heard() == 1
+
+
 def test_disabling_the_index_forgets_the_resample_eventfd(rig: Rig) -> None:
     rig.interrupts.set_unmask_fd(INTX, rig.resample.fd)
     rig.interrupts.disable(INTX)
@@ -218,23 +241,23 @@ def test_what_the_host_masked_stays_masked_through_another_wiring(rig: Rig, when
 
 
 def test_a_line_wired_while_it_is_disabled_waits_for_intx_disable_to_go(rig: Rig) -> None:
-    rig.interrupts.lines.intx_disable(True)
+    rig.interrupts.line.disable(True)
     rig.interrupts.disable(INTX)
     rig.interrupts.set_trigger(INTX, 0, [rig.ear.fd])
     rig.interrupts.intx(True)
     rig.interrupts.set_trigger(INTX, 0, [rig.ear.fd])
     rig.unmask()
     assert rig.ear.heard() == 0
-    rig.interrupts.lines.intx_disable(False)
+    rig.interrupts.line.disable(False)
     assert rig.ear.heard() == 1
 
 
 def test_a_disabled_line_is_silent_and_catches_up_when_enabled(rig: Rig) -> None:
-    rig.interrupts.lines.intx_disable(True)
+    rig.interrupts.line.disable(True)
     rig.interrupts.intx(True)
     rig.unmask()
     assert rig.ear.heard() == 0
-    rig.interrupts.lines.intx_disable(False)
+    rig.interrupts.line.disable(False)
     assert rig.ear.heard() == 1
 
 
@@ -327,7 +350,7 @@ class LikeTheKernel(RuleBasedStateMachine):
 
     @rule(disabled=st.booleans())
     def the_driver_writes_intx_disable(self, disabled: bool) -> None:
-        self.interrupts.lines.intx_disable(disabled)
+        self.interrupts.line.disable(disabled)
         if disabled and not self.model.disabled:
             self.model.masked = self.model.disabled = True
         elif self.model.disabled and not disabled:
@@ -337,7 +360,7 @@ class LikeTheKernel(RuleBasedStateMachine):
     @rule()
     def the_function_is_reset(self) -> None:
         self.interrupts.reset()
-        self.interrupts.lines.intx_disable(False)
+        self.interrupts.line.disable(False)
         self.model.asserted = False
         if self.model.disabled:
             self.model.disabled = False
@@ -435,7 +458,7 @@ class WellBehavedClient(RuleBasedStateMachine):
             self.unconsumed = 0
             self.serviced = False
         self.disabled = disabled
-        self.interrupts.lines.intx_disable(disabled)
+        self.interrupts.line.disable(disabled)
 
     @invariant()
     def a_high_line_has_a_trigger_or_a_client_at_work(self) -> None:
