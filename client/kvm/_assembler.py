@@ -22,8 +22,6 @@ IRET: Final = b"\xcf"
 CPUID: Final = b"\x0f\xa2"
 WRMSR: Final = b"\x0f\x30"
 """Model-specific register ECX becomes EDX:EAX."""
-RDMSR: Final = b"\x0f\x32"
-"""EDX:EAX becomes model-specific register ECX."""
 SPIN: Final = b"\xeb\xfe"
 """Jump to itself."""
 

@@ -250,6 +250,18 @@ def test_an_inactive_chip_leaves_eventfds_alone(kind: IrqchipKind, chip_type: ty
         assert os.eventfd_read(trigger) == 2
 
 
+def test_an_inactive_split_irqchip_hears_of_no_end() -> None:
+    with made("split", KvmSplit) as (machine, (chip,)), eventfds() as (trigger, resample):
+        chip.attach(GSI, trigger, resample)
+        (ended,) = machine.eoi_listeners
+        ended(0x4A)
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(resample)
+        chip.activate()
+        ended(0x4A)
+        assert os.eventfd_read(resample) == 1
+
+
 # --- the guest takes them
 
 

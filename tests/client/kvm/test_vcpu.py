@@ -51,7 +51,9 @@ class Noted(Exits):
 
 
 @contextmanager
-def guest(code: bytes, irqchip: IrqchipKind | None = None) -> Iterator[tuple[Vcpu, mmap.mmap]]:
+def guest(
+    code: bytes, irqchip: IrqchipKind | None = None, kind: type[Vcpu] = Vcpu
+) -> Iterator[tuple[Vcpu, mmap.mmap]]:
     """A processor about to run `code`, with memory that it may and may not write."""
     with no_fd_leaks(), mmap.mmap(-1, RAM) as memory, mmap.mmap(-1, mmap.PAGESIZE) as read_only:
         memory[0x1000 : 0x1000 + len(code)] = code
@@ -59,7 +61,7 @@ def guest(code: bytes, irqchip: IrqchipKind | None = None) -> Iterator[tuple[Vcp
         with Vm(irqchip) as vm:
             vm.add_memory(0, memory)
             vm.add_memory(READ_ONLY, read_only, read_only=True)
-            with Vcpu(vm) as vcpu:
+            with kind(vm) as vcpu:
                 vcpu.start_at(0x1000, RAM - 16)
                 yield vcpu, memory
 
@@ -275,7 +277,8 @@ async def test_a_stray_kick_does_not_end_a_run() -> None:
             nursery.cancel_scope.cancel()
 
 
-async def test_the_thread_has_its_signals_back_and_the_kick_reaches_nobody() -> None:
+@pytest.mark.parametrize("code", [asm.SPIN, asm.in_al(0x70)], ids=["in the guest", "outside of it"])
+async def test_the_thread_has_its_signals_back_and_the_kick_reaches_nobody(code: bytes) -> None:
     blocked: list[bool] = []
     received: list[int] = []
     entered = threading.Event()
@@ -287,18 +290,19 @@ async def test_the_thread_has_its_signals_back_and_the_kick_reaches_nobody() -> 
             super()._loop(exits)
             blocked.append(module.KICK in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
 
+    class Kicking(Exits):
+        async def port_read(self, port: int, count: int) -> bytes:
+            vcpu._kick()
+            return bytes(count)
+
     handler = signal.signal(module.KICK, lambda number, _: received.append(number))
     try:
-        with mmap.mmap(-1, mmap.PAGESIZE) as memory, Vm(None) as vm:
-            memory[: len(asm.SPIN)] = asm.SPIN
-            vm.add_memory(0, memory)
-            with Around(vm) as vcpu:
-                vcpu.start_at(0)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(vcpu.run, Exits())
-                    while not entered.is_set() or vcpu._thread is None:
-                        await trio.lowlevel.checkpoint()
-                    nursery.cancel_scope.cancel()
+        with guest(code, kind=Around) as (vcpu, _):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(vcpu.run, Kicking())
+                while len(blocked) < 2 and (code != asm.SPIN or not entered.is_set() or vcpu._thread is None):
+                    await trio.lowlevel.checkpoint()
+                nursery.cancel_scope.cancel()
         await trio.lowlevel.checkpoint()
     finally:
         signal.signal(module.KICK, handler)
