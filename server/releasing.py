@@ -32,7 +32,7 @@ class Release:
     def __init__(self) -> None:
         self._asked = trio.Event()
         self._waiting: set[trio.CancelScope] = set()
-        self._attached: set[PciFunction] = set()
+        self._attached: list[PciFunction] = []  # in the order in which their clients came
 
     @property
     def asked(self) -> bool:
@@ -60,11 +60,11 @@ class Release:
     @contextmanager
     def attached(self, function: PciFunction) -> Iterator[None]:
         """While ``function`` has a client."""
-        self._attached.add(function)
+        self._attached.append(function)
         try:
             yield
         finally:
-            self._attached.discard(function)
+            self._attached.remove(function)
 
     async def relay(self) -> None:
         """Once somebody has asked, ask all clients, until cancelled."""

@@ -73,6 +73,9 @@ async def _serve_card(
     release: Release,
 ) -> None:
     while client := await release.unless_asked(listener.accept):
+        if release.asked:
+            client.close()  # it came at the very moment of asking
+            return
         log.info("%s: client connected", function.name)
         try:
             with release.attached(function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from server import Release, serve
+from server import Listener, Release, serve
 from server.releasing import REPEAT_S
 from tests.server.raw import EVENTFD, REQ, SET_IRQS, TRIGGER, RawClient, connect, irqs
 from tests.server.world import Card, World, no_fd_leaks, world
@@ -116,6 +117,25 @@ async def test_a_client_that_cannot_be_asked_is_waited_for_and_may_listen_later(
     await listen(client, fd)
     await trio.lowlevel.wait_readable(fd)
     assert heard(fd) == 1
+
+
+async def test_a_client_that_comes_at_the_very_moment_of_asking_is_not_taken_in(
+    served: World, release: Release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept = Listener.accept
+
+    async def accept_as_somebody_asks(listener: Listener) -> socket.socket:
+        client = await accept(listener)
+        release.ask()
+        return client
+
+    monkeypatch.setattr(Listener, "accept", accept_as_somebody_asks)
+    (await served.client()).close()  # the one that is awaited already comes before
+    await trio.testing.wait_all_tasks_blocked()
+    client = await served.connect()
+    await trio.testing.wait_all_tasks_blocked()
+    assert not served.path.exists(), "serve has returned"
+    assert await client.hung_up()
 
 
 async def test_serving_ends_at_once_where_there_is_no_client(tmp_path: Path, release: Release) -> None:
