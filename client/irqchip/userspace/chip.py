@@ -74,7 +74,7 @@ class UserspaceChip(Irqchip):
         self._activated = trio.Event()
         self._wanted = False  # the chip's output to the CPU, were it active
         self._cpus = trio.lowlevel.ParkingLot()
-        self._epoll = select.epoll()
+        self._epoll: select.epoll | None = None  # while it is watched
         self._attached: dict[int | None, Attachment] = {}  # by the identity of the trigger eventfd
         self._by_fd: dict[int, Attachment] = {}
         self._at: list[list[Attachment]] = [[] for _ in range(inputs)]
@@ -99,16 +99,17 @@ class UserspaceChip(Irqchip):
         """The machine uses another one from now on. What waits for a CPU waits until this one is used again,
         or until its eventfd is detached.
         """
-        self._active = False
-        self._activated = trio.Event()
+        if self._active:
+            self._active = False
+            self._activated = trio.Event()
 
     def attach(self, gsi: int, trigger_fd: int, resample_fd: int) -> None:
-        """See `Irqchip.attach`. Several eventfds may share an input. Raises IrqchipError(ENODEV) when the
-        chip's block is over, and what the system said if there are no more descriptors.
+        """See `Irqchip.attach`. Several eventfds may share an input. Raises IrqchipError(ENODEV) outside of
+        the block of `watched`, and what the system said if there are no more descriptors.
         """
         self._check(gsi)
         doing = f"attaching eventfds to input {gsi} of {self.name}"
-        if self._epoll.closed:
+        if self._epoll is None:
             raise IrqchipError(doing, errno.ENODEV)
         if identity(trigger_fd) in self._attached:
             raise IrqchipError(doing, errno.EBUSY)
@@ -143,15 +144,16 @@ class UserspaceChip(Irqchip):
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
         """Attached eventfds raise their inputs for as long as the block; everything is detached then."""
-        try:
-            async with background() as nursery:
-                nursery.start_soon(self._watch)
-                yield
-        finally:
-            for attachment in self._attached.values():
-                self._part(attachment)
-            self._attached.clear()
-            self._epoll.close()
+        with select.epoll() as self._epoll:
+            try:
+                async with background() as nursery:
+                    nursery.start_soon(self._watch, self._epoll)
+                    yield
+            finally:
+                for attachment in self._attached.values():
+                    self._part(attachment)
+                self._attached.clear()
+                self._epoll = None
 
     # ---- the CPU's side
 
@@ -248,16 +250,16 @@ class UserspaceChip(Irqchip):
         self._unheard &= ~bit
         return True
 
-    async def _watch(self) -> NoReturn:
+    async def _watch(self, epoll: select.epoll) -> NoReturn:
         while True:
             if not self._active:
                 await self._activated.wait()
-            await trio.lowlevel.wait_readable(self._epoll)
+            await trio.lowlevel.wait_readable(epoll)
             if self._active:
-                self._take()
+                self._take(epoll)
 
-    def _take(self) -> None:
-        for fd, _ in self._epoll.poll(0):
+    def _take(self, epoll: select.epoll) -> None:
+        for fd, _ in epoll.poll(0):
             attachment = self._by_fd[fd]
             count = take(fd)
             if not count:
@@ -269,6 +271,7 @@ class UserspaceChip(Irqchip):
             self._drive(attachment.gsi)
 
     def _part(self, attachment: Attachment) -> None:
+        assert self._epoll is not None
         self._epoll.unregister(attachment.trigger_fd)
         del self._by_fd[attachment.trigger_fd]
         self._at[attachment.gsi].remove(attachment)

@@ -18,7 +18,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from client._eventfd import take
 from client.irqchip import IrqchipError
-from client.irqchip.userspace import UserspaceChip, open_ioapic, open_pic
+from client.irqchip.userspace import Ioapic, Pic, UserspaceChip, open_ioapic, open_pic
 from tests.client.peer import open_fds
 
 GSI = 10
@@ -454,3 +454,30 @@ async def _play(open_chip: Open, script: list[tuple[str, int]]) -> None:
                 assert counters.merged <= counters.triggered
             taken = sum(chip.counters[gsi].triggered for gsi in (GSI, GSI + 1))
             assert taken + sum(take(device.trigger_fd) for device in all_devices) == sum(fired)
+
+
+@both
+async def test_what_is_inactive_can_be_deactivated_again_and_hears_when_it_is_activated(
+    open_chip: Open,
+) -> None:
+    with devices() as (device,):
+        async with open_chip() as chip:
+            device.attach(chip)
+            await wait_all_tasks_blocked()
+            chip.deactivate()
+            chip.activate()
+            await device.fire()
+            assert chip.asks
+
+
+@pytest.mark.parametrize("made", [Pic, Ioapic])
+def test_a_chip_that_nobody_watches_has_no_descriptor_and_takes_none(
+    made: Callable[[], UserspaceChip],
+) -> None:
+    before = open_fds()
+    chip = made()
+    with devices() as (device,):
+        with pytest.raises(IrqchipError) as refused:
+            device.attach(chip)
+        assert refused.value.errno == errno.ENODEV
+    assert open_fds() == before
