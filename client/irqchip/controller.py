@@ -59,18 +59,19 @@ class InterruptController:
         """Make another irqchip the active one, and tell everybody; the one that is active already changes
         nothing.
 
-        Raises IrqchipError if it cannot be activated or has too few inputs for the routes: the old one stays
-        then, and nobody is told. Once it is active the change is not given up by a cancellation, and stays
-        even if subscribers fail (ExceptionGroup). Subscribers cannot call this: ClientError.
+        Raises IrqchipError if it cannot be activated, has too few inputs for the routes, or the old one
+        cannot be left: that stays then, and nobody is told. Once it is active the change is not given up by
+        a cancellation, and stays even if subscribers fail (ExceptionGroup). Subscribers cannot call this:
+        ClientError.
         """
         async with self._change():
             old = self._chip
             if chip is old:
                 return
             _check_inputs(chip, self._routes)
-            self._let_go()
-            old.deactivate()
             try:
+                self._let_go()
+                old.deactivate()
                 chip.activate()
             except BaseException:
                 old.activate()
@@ -124,9 +125,8 @@ class InterruptController:
             self._driven.add(gsi)
 
     def _let_go(self) -> None:
-        for gsi in self._driven:
-            self._chip.set_level(gsi, False)
-        self._driven.clear()
+        while self._driven:
+            self._chip.set_level(self._driven.pop(), False)
 
 
 def _checked(line: int) -> int:

@@ -122,6 +122,20 @@ async def test_an_irqchip_that_cannot_be_activated_leaves_the_old_one_and_tells_
     assert place.controller.chip is place.xive
 
 
+async def test_an_irqchip_that_cannot_be_deactivated_stays_and_nobody_is_told(place: Place) -> None:
+    async def told() -> None:
+        raise AssertionError
+
+    place.controller.assert_line(0, "device")
+    place.xics.refuses = {"deactivate"}
+    with place.controller.irqchip_change.subscribed(told), pytest.raises(IrqchipError, match="EBUSY"):
+        await place.controller.activate(place.xive)
+    assert place.controller.chip is place.xics
+    assert place.xics.high == {5}
+    assert "xive activate" not in place.said()
+    place.controller.deassert_line(0, "device")
+
+
 async def test_a_route_to_no_input_is_refused_before_anything_changes(place: Place) -> None:
     async def told() -> None:
         raise AssertionError
