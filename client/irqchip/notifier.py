@@ -61,14 +61,17 @@ class Notifier:
         else.
 
         A change that has happened cannot be kept from anybody: cancellation waits until all have been told,
-        and so does an exception of one of them; what they raised comes as an ExceptionGroup.
+        and so does an exception of one of them; what they raised comes as an ExceptionGroup (or
+        BaseExceptionGroup).
         """
-        failures: list[Exception] = []
+        failures: list[BaseException] = []
 
         async def tell(subscriber: Subscriber) -> None:
             try:
                 await subscriber()
-            except Exception as error:
+            except trio.Cancelled:
+                raise
+            except BaseException as error:
                 failures.append(error)
 
         this = _Round(self)
@@ -82,4 +85,4 @@ class Notifier:
             this.over = True
             _ROUNDS.reset(token)
         if failures:
-            raise ExceptionGroup(f"{self.what}: not everybody could follow", failures)
+            raise BaseExceptionGroup(f"{self.what}: not everybody could follow", failures)

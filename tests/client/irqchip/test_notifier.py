@@ -80,6 +80,26 @@ async def test_one_who_fails_keeps_it_from_nobody() -> None:
     assert told == ["heard"]
 
 
+async def test_even_an_interrupt_from_the_keyboard_keeps_it_from_nobody() -> None:
+    notifier = Notifier("change")
+    told: list[str] = []
+
+    async def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    async def hears() -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        told.append("heard")
+
+    with (
+        notifier.subscribed(interrupted),
+        notifier.subscribed(hears),
+        pytest.RaisesGroup(KeyboardInterrupt, match="change: not everybody"),
+    ):
+        await notifier.notify()
+    assert told == ["heard"]
+
+
 async def test_a_cancellation_waits_until_everybody_has_been_told() -> None:
     notifier = Notifier("change")
     told: list[str] = []
