@@ -99,16 +99,17 @@ class Processor:
 
     async def _handle(self, gsi: int) -> bool:
         known = False
-        for handler in tuple(self._sharing(gsi)):
-            known |= await handler()
+        for handlers, handler in tuple(self._sharing(gsi)):
+            if handler in handlers:  # or its block has ended while another was at work
+                known |= await handler()
         return known
 
-    def _sharing(self, gsi: int) -> Iterator[Handler]:
-        """The handlers of lines that are routed to an input now."""
+    def _sharing(self, gsi: int) -> Iterator[tuple[list[Handler], Handler]]:
+        """The handlers of lines that are routed to an input now, each with those of its line."""
         for line, handlers in enumerate(self._handlers):
             route = self.controller.route(line)
             if route.mode is not IntxMode.DISABLED and route.gsi == gsi:
-                yield from handlers
+                yield from ((handlers, handler) for handler in handlers)
 
 
 @asynccontextmanager

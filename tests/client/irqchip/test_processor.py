@@ -247,3 +247,24 @@ async def test_a_handler_is_called_no_more_once_its_block_is_over() -> None:
             await device.fire()
             assert card.calls == 0
             assert cpu.spurious == 1
+
+
+async def test_a_handler_whose_block_is_over_is_not_called_for_what_another_is_busy_with() -> None:
+    busy, go_on = trio.Event(), trio.Event()
+
+    async def slow() -> bool:
+        busy.set()
+        await go_on.wait()
+        return False
+
+    async with machine() as (controller, cpu, _, _):
+        card = Card(controller, 0)
+        with cpu.handling(0, slow):
+            with cpu.handling(0, card.handler):
+                card.interrupt()
+                await busy.wait()
+            controller.deassert_line(0, card)
+            go_on.set()
+            await wait_all_tasks_blocked()
+        assert card.calls == 0
+        assert cpu.spurious == 1
