@@ -103,15 +103,18 @@ class Session:
         body: Record | None = None,
         data: ReadableBuffer = b"",
         fds: Sequence[int] = (),
+        *,
+        urgent: bool = False,
     ) -> Reply:
-        """Send a request and wait for its answer; descriptors in it are the caller's.
+        """Send a request and wait for its answer; descriptors in it are the caller's. An `urgent` one, which
+        must be small, leaves however much waits for a slow server, in its turn.
 
         Raises ServerError if the server refuses it, BadReplyError if the answer is malformed, Disconnected
         if the session ends first, protocol.LocalProtocolError for a request that must not be sent, and
         OSError for descriptors that cannot be sent.
         Bound the wait with trio.fail_after or move_on_after.
         """
-        await self._wait_for_room()
+        await self._wait_for_room(urgent=urgent)
         copies = _copy_all(fds)
         try:
             message_id, message = self.connection.request(command, body, data, copies)
@@ -294,9 +297,11 @@ class Session:
         data: bytes = b"",
         fds: Sequence[int] = (),
     ) -> None:
-        """SET_IRQS as it is; `client.interrupts` has what drivers want."""
+        """SET_IRQS as it is, urgent: nothing stays masked because UNMASK was given up before it left.
+        `client.interrupts` has what drivers want.
+        """
         body = SetIrqs(SetIrqs.size + len(data), flags, index, start, count)
-        await self.request(Command.DEVICE_SET_IRQS, body, data, fds)
+        await self.request(Command.DEVICE_SET_IRQS, body, data, fds, urgent=True)
 
     async def reset(self) -> None:
         """DEVICE_RESET; may take the device arbitrarily long."""
@@ -329,9 +334,12 @@ class Session:
         if self._failure is not None:
             raise Disconnected(self._failure)
 
-    async def _wait_for_room(self) -> None:
+    async def _wait_for_room(self, *, urgent: bool = False) -> None:
+        """The number of requests without an answer is limited for urgent ones as well."""
         self._check()
-        while self._wire.queued > MAX_QUEUED or self.connection.outstanding >= MAX_OUTSTANDING:
+        while (
+            self._wire.queued > MAX_QUEUED and not urgent
+        ) or self.connection.outstanding >= MAX_OUTSTANDING:
             await self._wire.room.park()
             self._check()
 

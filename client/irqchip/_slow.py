@@ -14,6 +14,7 @@ from typing import Final
 import trio
 
 from client._eventfd import take
+from client.errors import ClientError
 from client.trapping import Trapping
 from protocol.limits import INTX_MAPPINGS_OFF
 
@@ -38,8 +39,8 @@ class IntxCounters:
 
 
 class SlowPath:
-    """Drives the line by `drive`. At each end of interrupt `unmask` is run as a task of `nursery`; it is to
-    send UNMASK if `owed` still says so.
+    """Drives the line by `drive`. At an end of interrupt `unmask` is run as a task of `nursery`, unless one
+    waits already; it is to send UNMASK if `owed` still says so.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class SlowPath:
         self._resting = trio.CancelScope()
 
     def watch(self, trapping: Trapping) -> None:
-        """Take accesses to these BARs for the end of interrupt, and no others any more."""
+        """Take accesses to these BARs for the end of interrupt, and no others any more. They are nobody
+        else's: see `check_free`.
+        """
         self.unwatch()
         self._trapping = trapping
         self._subscription.enter_context(trapping.subscribed(self._accessed))
@@ -73,6 +76,12 @@ class SlowPath:
         self._resting.cancel()
         self._trapping.mapped = True
         self._subscription.close()
+        self._trapping = Trapping()
+
+    def check_free(self, trapping: Trapping) -> None:
+        """Raises ClientError if another line takes accesses to these BARs for its own."""
+        if trapping is not self._trapping and len(trapping):
+            raise ClientError("another line of this session is in use")
 
     def listen(self, fd: int) -> None:
         """Hear of interrupts by this eventfd, from those on that it has counted."""
@@ -126,6 +135,7 @@ class SlowPath:
         """
         if self.pending and number > self._heard_at:
             self.pending = False
-            self.owed = True
+            owed, self.owed = self.owed, True
             self._drive(False)
-            self._nursery.start_soon(self._unmask)
+            if not owed:
+                self._nursery.start_soon(self._unmask)

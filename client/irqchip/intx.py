@@ -96,19 +96,20 @@ class Intx:
     async def enable(self) -> None:
         """The device uses INTx from now on (vfio_intx_enable); does nothing if it does already.
 
-        Raises ClientError if it has no INTx, if the server takes no eventfds or does not answer, ServerError
-        if it refuses, Disconnected, and OSError if there can be no further eventfd.
+        Raises ClientError if it has no INTx, if another `Intx` of the session has it, if the server takes no
+        eventfds or does not answer, ServerError if it refuses, Disconnected, and OSError if there can be no
+        further eventfd.
         """
         if self.line is None:
             raise ClientError("the device has no interrupt pin")
         async with self._change() as requests:
             if self.enabled:
                 return
-            require(self.session, IrqIndex.INTX, 1)
+            self._require(self.session)
             self.trigger_fd = make_eventfd()
             self.enabled = True
-            self._slow.listen(self.trigger_fd)
             try:
+                self._slow.listen(self.trigger_fd)
                 await self._wire(requests)
             except BaseException:
                 await self._end(requests)
@@ -130,7 +131,7 @@ class Intx:
         """
         async with self._change() as requests:
             if self.enabled:
-                require(session, IrqIndex.INTX, 1)
+                self._require(session)
                 self._slow.deafen()
                 self._detach()
                 if session is not self.session:
@@ -190,6 +191,10 @@ class Intx:
         async with self._lock:
             with trio.CancelScope(shield=True):
                 yield IntxRequests(self.session)
+
+    def _require(self, session: Session) -> None:
+        require(session, IrqIndex.INTX, 1)
+        self._slow.check_free(session.trapping)
 
     async def _wire(self, requests: IntxRequests) -> None:
         """Make the line live; raises if the server does not take its eventfd."""
@@ -269,13 +274,17 @@ class Intx:
             await self._leave_bypass(requests)
             await self._attempt(requests.unwire())
         finally:
+            self._detach()
             self._slow.deafen()
-            self._slow.clear()
             self._slow.unwatch()
             self._drain()
             os.close(self.trigger_fd)
             self.trigger_fd = -1
             self.enabled = False
+            try:
+                self._slow.clear()
+            except ClientError as error:
+                self._failed(error)
 
     def _detach(self) -> None:
         """Take the eventfds out of the irqchip, if they are in one."""

@@ -453,3 +453,13 @@ async def test_no_eventfd_left_means_the_slow_path(place: Place, monkeypatch: py
         await place.controller.activate(place.xive)
         assert place.said() == [*TO_XIVE, *APART, "MASK", "UNMASK"]
         assert "Too many open files" in str(intx.failure)
+
+
+async def test_a_line_whose_block_is_over_is_not_enabled_any_more(place: Place) -> None:
+    async with place.device() as (session, server):
+        async with open_intx(session, place.controller) as intx:
+            pass
+        with pytest.raises(RuntimeError, match="closed to new arrivals"):
+            await intx.enable()
+        assert (intx.enabled, intx.trigger_fd) == (False, -1)
+        assert not server.masked

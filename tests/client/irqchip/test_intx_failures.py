@@ -11,9 +11,9 @@ import trio
 import trio.testing
 
 import client
-from client.irqchip import Intx, IntxMode, IntxRoute, open_intx
-from protocol.limits import INTX_TIMEOUT
-from tests.client.irqchip.scripted import INPUT, Does, Place, Server, nothing_left, settled
+from client.irqchip import Intx, IntxMode, IntxRoute, IrqchipError, open_intx
+from protocol.limits import INTX_TIMEOUT, MAX_QUEUED
+from tests.client.irqchip.scripted import INPUT, ISR, Does, Place, Server, nothing_left, settled
 
 TO_XIVE = ["xics deactivate", "xive activate"]
 APART = ["MASK", "xics detach 5", "UNMASK"]
@@ -303,3 +303,56 @@ async def test_a_hung_server_does_not_hold_up_the_lines_of_others(
         await settled()
         assert not hung.accelerated
         server.wake()
+
+
+async def test_what_stops_the_program_amid_disabling_leaves_nothing_in_the_irqchip(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    async with place.intx() as (intx, _):
+        with monkeypatch.context() as patch:
+            patch.setattr(intx.session, "set_irqs", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                await intx.disable()
+        assert (intx.enabled, intx.accelerated, intx.trigger_fd) == (False, False, -1)
+        assert not place.xics.attached
+
+
+async def test_an_irqchip_that_refuses_a_level_does_not_keep_the_line_from_being_disabled(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(gsi: int, level: bool) -> None:
+        raise IrqchipError(f"input {gsi} to {level}", errno.EIO)
+
+    async with place.intx(bypass=False) as (intx, server):
+        server.raise_line()
+        await settled()
+        with monkeypatch.context() as patch:
+            patch.setattr(place.xics, "set_level", broken)
+            await intx.disable()
+        assert "input 5 to False" in str(intx.failure)
+        assert (intx.enabled, intx.trigger_fd) == (False, -1)
+        assert len(intx.session.trapping) == 0
+        place.xics.high.clear()
+
+
+async def test_an_unmask_leaves_however_much_waits_for_a_server_that_wakes_up_too_late(
+    place: Place, mock_clock: trio.testing.MockClock
+) -> None:
+    async with place.intx() as (intx, server), trio.open_nursery() as nursery:
+        server.script = {0: Does.IGNORE}
+        nursery.start_soon(place.controller.activate, place.xive)
+        await settled()
+        with client.Bar(intx.session, 0, map=False) as bar:
+            for _ in range(MAX_QUEUED // 16):
+                bar.post(ISR, 4, 0)
+        mock_clock.jump(INTX_TIMEOUT)
+        await settled()
+        assert not intx.accelerated
+        server.wake()
+        await settled()
+        assert [said for said in place.said() if said != "write"] == [*TO_XIVE, *APART]
+        assert not server.masked
+        await check_heard(place, intx, server)

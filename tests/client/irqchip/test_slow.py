@@ -12,7 +12,7 @@ import trio.testing
 
 import client
 from client._eventfd import make_eventfd, signal, take
-from client.irqchip import NOWHERE, IntxCounters, IntxMode, IntxRoute
+from client.irqchip import NOWHERE, Intx, IntxCounters, IntxMode, IntxRoute, open_intx
 from client.irqchip._slow import SlowPath
 from protocol.limits import INTX_MAPPINGS_OFF, INTX_TIMEOUT
 from tests.client.irqchip.scripted import (
@@ -30,6 +30,12 @@ from tests.client.irqchip.scripted import (
 )
 
 EPSILON = 0.001
+
+
+async def settled_soon(intx: Intx) -> None:
+    """Until an interrupt that was signalled is pending; without the time going on."""
+    while not intx.pending:
+        await trio.lowlevel.checkpoint()
 
 
 @pytest.fixture
@@ -406,3 +412,42 @@ async def test_a_server_that_makes_its_eventfd_block_does_not_stop_us(place: Pla
         assert intx.pending
         await place.controller.activate(place.xive)
         await intx.disable()
+
+
+async def test_ends_that_cannot_be_said_do_not_pile_up(
+    place: Place, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with place.intx(bypass=False) as (intx, server):
+        server.script = {0: Does.IGNORE}
+        with client.Bar(intx.session, BAR0) as bar:
+            for _ in range(100):  # a server that does not wait for UNMASK, nor answer it
+                signal(intx.trigger_fd)
+                await settled_soon(intx)
+                bar.post(ISR, 4, 0)
+            assert intx._slow._nursery.child_tasks
+            ends = [task for task in intx._slow._nursery.child_tasks if "_unmask_owed" in task.name]
+            assert len(ends) <= 2, "one that is being said, and one for all since"
+        server.wake()
+        await settled()
+        assert intx.counters.triggers == 100
+        assert intx.counters.ends == 2
+
+
+async def test_a_session_has_one_line_in_use(place: Place) -> None:
+    async with (
+        place.device() as (session, server),
+        open_intx(session, place.controller) as first,
+        open_intx(session, place.controller) as second,
+    ):
+        await first.enable()
+        place.said()
+        with pytest.raises(client.ClientError, match="another line of this session"):
+            await second.enable()
+        assert place.said() == []
+        await first.disable()
+        await second.enable()
+        with pytest.raises(client.ClientError, match="another line of this session"):
+            await first.enable()
+        await second.reconnect(session)
+        server.raise_line()
+        assert place.xics.take() == 1
