@@ -1,5 +1,6 @@
 """The client's part in DMA messages, by hand, and threads that ask for them."""
 
+import errno
 import os
 import socket
 import struct
@@ -13,6 +14,7 @@ import trio.testing
 from device.dma.remote import RemoteMemory, Wanted, always
 from device.errors import DeviceError
 from device.function import PciFunction, ResetKind
+from server._remote import ByMessage
 from tests.server.raw import (
     DMA_READ,
     ERROR,
@@ -54,6 +56,19 @@ class Worker:
         with trio.fail_after(20):
             await self.over.wait()
         return self.result
+
+
+async def give_up(served: World, nursery: trio.Nursery, call: Callable[[], object]) -> None:
+    """Have a worker ask the client by ``call``, and give up before there is an answer; who asks later waits
+    as long as before.
+    """
+    remote = memory(served)
+    assert isinstance(remote, ByMessage)
+    before, patience = remote._engine.outstanding, remote._deadline
+    while remote._engine.outstanding == before:  # he may have given up before his request went out
+        remote._deadline = 0.01
+        assert await Worker(nursery, call).outcome() == errno.ETIMEDOUT
+    remote._deadline = patience
 
 
 async def said(client: RawClient) -> Message:

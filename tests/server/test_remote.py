@@ -23,6 +23,7 @@ from tests.server.answering import (
     IOVA,
     OVERTAKERS,
     Worker,
+    give_up,
     granted,
     memory,
     overtake,
@@ -132,31 +133,26 @@ async def test_descriptors_in_an_answer_are_closed(
     assert await worker.outcome() == b"abcd"  # and the fixture counts what is open at the end
 
 
-async def test_an_answer_that_comes_too_late_is_dropped(tmp_path: Path, nursery: trio.Nursery) -> None:
-    async with world(tmp_path, limits=SessionLimits(dma_deadline=0.02)) as served:
-        client = await served.client()
-        worker = Worker(nursery, partial(memory(served).read, IOVA, 4))
-        request = await said(client)
-        assert await worker.outcome() == errno.ETIMEDOUT
-        await client.send(granted(request, b"abcd"))
-        await client.do(GET_INFO, INFO)
-        another = Worker(nursery, partial(memory(served).read, IOVA, 4))
-        request = await said(client)
-        await client.send(granted(request, b"efgh"))
-        assert await another.outcome() == b"efgh"
+async def test_an_answer_that_comes_too_late_is_dropped(
+    served: World, client: RawClient, nursery: trio.Nursery
+) -> None:
+    await give_up(served, nursery, partial(memory(served).read, IOVA, 4))
+    await client.send(granted(await said(client), b"abcd"))
+    await client.do(GET_INFO, INFO)
+    another = Worker(nursery, partial(memory(served).read, IOVA, 4))
+    request = await said(client)
+    await client.send(granted(request, b"efgh"))
+    assert await another.outcome() == b"efgh"
 
 
-async def test_a_client_owes_so_many_answers_and_no_more(tmp_path: Path, nursery: trio.Nursery) -> None:
-    async with world(tmp_path, limits=SessionLimits(dma_deadline=0.2)) as served:
-        client = await served.client()
-        remote = memory(served)
-        workers = [Worker(nursery, partial(remote.read, n, 1)) for n in range(MAX_DMA_UNANSWERED)]
-        for _ in workers:
-            await said(client)
-        for worker in workers:
-            assert await worker.outcome() == errno.ETIMEDOUT
-        assert await Worker(nursery, partial(remote.read, 0, 1)).outcome() == errno.EBUSY
-        await client.do(GET_INFO, INFO)
+async def test_a_client_owes_so_many_answers_and_no_more(
+    served: World, client: RawClient, nursery: trio.Nursery
+) -> None:
+    for _ in range(MAX_DMA_UNANSWERED):
+        await give_up(served, nursery, partial(memory(served).read, IOVA, 4))
+        await said(client)
+    assert await Worker(nursery, partial(memory(served).read, 0, 1)).outcome() == errno.EBUSY
+    await client.do(GET_INFO, INFO)
 
 
 async def test_who_waits_is_told_at_once_that_the_client_has_left(
@@ -276,21 +272,25 @@ async def test_what_qemus_first_answer_leaves_open_is_asked_again(
 ) -> None:
     client = await served.connect()
     await as_qemu(client)
-    reader = Worker(nursery, partial(memory(served).read, IOVA, len(content)))
     asked = 0
-    while not reader.over.is_set():
-        with trio.move_on_after(0.05) as silence:
+
+    async def answer() -> None:
+        nonlocal asked
+        while True:
             request = await said(client)
-        if silence.cancelled_caught:
-            continue
-        address, count = struct.unpack("=QQ", request.payload)
-        part = content[address - IOVA :][:count]
-        assert len(part) == count
-        head = request.payload[:12]
-        answer = head + part + bytes(4) if early else request.payload + part
-        await client.send(message(DMA_READ, answer, message_id=request.message_id, flags=REPLY))
-        asked += 1
-    assert await reader.outcome() == content
+            address, count = struct.unpack("=QQ", request.payload)
+            part = content[address - IOVA :][:count]
+            assert len(part) == count
+            asked += 1
+            head = request.payload[:12]
+            data = head + part + bytes(4) if early else request.payload + part
+            await client.send(message(DMA_READ, data, message_id=request.message_id, flags=REPLY))
+
+    async with trio.open_nursery() as answering:
+        answering.start_soon(answer)
+        reader = Worker(nursery, partial(memory(served).read, IOVA, len(content)))
+        assert await reader.outcome() == content
+        answering.cancel_scope.cancel()
     assert asked == (1 if content == bytes(10) else 3 + early)
 
 

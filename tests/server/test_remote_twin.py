@@ -7,7 +7,6 @@ import struct
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import pytest
 import trio
@@ -15,8 +14,7 @@ import trio.testing
 
 from device.errors import DeviceError
 from device.function import PciFunction
-from server import SessionLimits
-from tests.server.answering import INFO, IOVA, OVERTAKERS, Worker, granted, memory, overtake, said
+from tests.server.answering import INFO, IOVA, OVERTAKERS, Worker, give_up, granted, memory, overtake, said
 from tests.server.raw import (
     DMA_MAP,
     DMA_READ,
@@ -27,7 +25,7 @@ from tests.server.raw import (
     message,
     version,
 )
-from tests.server.world import PAGE, World, world
+from tests.server.world import PAGE, World
 
 # --- over a socket of its own
 
@@ -166,22 +164,17 @@ async def test_the_end_of_the_session_wakes_all_who_wait_for_the_second_socket(
     assert refusal.value.errno == errno.ENOTCONN
 
 
-async def test_a_late_answer_on_the_second_socket_is_dropped(tmp_path: Path, nursery: trio.Nursery) -> None:
-    async with world(tmp_path, limits=SessionLimits(dma_deadline=0.05)) as served:
-        client = await served.connect()
-        (fd,) = (await client.negotiate({"max_msg_fds": 8, "twin_socket": {"supported": True}})).fds
-        with trio.socket.from_stdlib_socket(socket.socket(fileno=fd)) as second:
-            peer = RawClient(second)
-            await client.do(GET_INFO, INFO)
-            data = os.urandom(1 << 20)
-            writer = Worker(nursery, partial(memory(served).write, IOVA, data))
-            assert await writer.outcome() == errno.ETIMEDOUT
-            reader = Worker(nursery, partial(memory(served).read, IOVA, 1))
-            request = await said(peer)
-            assert request.payload[16:] == data
-            await peer.send(granted(request))
-            await peer.send(granted(await said(peer), b"a"))
-            assert await reader.outcome() == b"a"
+async def test_a_late_answer_on_the_second_socket_is_dropped(
+    served: World, twin: Twin, nursery: trio.Nursery
+) -> None:
+    data = os.urandom(1 << 20)
+    await give_up(served, nursery, partial(memory(served).write, IOVA, data))
+    reader = Worker(nursery, partial(memory(served).read, IOVA, 1))
+    request = await said(twin.second)
+    assert request.payload[16:] == data
+    await twin.second.send(granted(request))
+    await twin.second.send(granted(await said(twin.second), b"a"))
+    assert await reader.outcome() == b"a"
 
 
 async def test_a_second_socket_ends_with_a_session_that_breaks_at_once(served: World) -> None:
