@@ -30,7 +30,10 @@ from tests.client.irqchip.card import ISR, REGISTERS, Card
 from tests.client.irqchip.machine import Driver
 
 THOROUGH: Final = os.environ.get("CI", "").lower() == "true"
-CHANGES: Final = 10_000 if THOROUGH else 500
+CHANGES: Final = 10_000 if THOROUGH else 400
+"""An even number: the irqchip at the end is that of the beginning."""
+
+IRQCHIPS: Final = 2
 GSI: Final = 10
 TURNS: Final = 7
 """Of the scheduler: one less is left between two changes at most, and none at times."""
@@ -138,7 +141,7 @@ def tell(what: str, seconds: float, cards: Sequence[Card], lines: Sequence[Intx]
     dark = [1e3 * each for line in lines for each in line.dark]
     interrupts = sum(card.seen for card in cards)
     print(  # noqa: T201
-        f"{what}: {len(lines[0].dark)} changes and {interrupts} interrupts in {seconds:.1f} s, "
+        f"{what}: {lines[0].counters.changes} changes and {interrupts} interrupts in {seconds:.1f} s, "
         f"{interrupts / seconds:.0f} a second; dark {statistics.median(dark):.2f} ms, {max(dark):.1f} at most"
     )
 
@@ -166,9 +169,10 @@ async def stress(firing: Firing, cards: Sequence[Card], changes: int, *, thread:
             await change(controller, chips, changes)
             seconds = time.perf_counter() - began
         await until(partial(at_rest, cards))
-        await trio.testing.wait_all_tasks_blocked()
+        await controller.activate(chips[1])
+        await trio.testing.wait_all_tasks_blocked()  # what its local APIC had kept is taken
         tell(firing.__name__, seconds, cards, [handler.driver.line for handler in handlers])
-        account(cpu, chips, handlers, changes)
+        account(cpu, chips, handlers, changes + 1)
         for card in cards:
             card.fire()
             await until(partial(at_rest, [card]))
@@ -206,7 +210,7 @@ async def test_a_card_that_fires_as_fast_as_it_can_is_heard_through_every_change
 ) -> None:
     card = Card()
     await stress(firing, [card], CHANGES, thread=server == "a thread")
-    assert card.empty == 0 or firing is not at_once
+    assert firing is not at_once or card.empty <= IRQCHIPS, "those that each still had when it stopped firing"
     card.close()
 
 
@@ -243,7 +247,7 @@ async def test_a_guest_hears_a_card_through_every_change_of_kvms_irqchips(firing
             assert card.rises == card.seen == guest.nonzero(GSI), "each rise was seen, and once"
             assert guest.interrupts(GSI) == guest.total
             assert card.empty + guest.spurious <= CHANGES, "changes explain what was nothing"
-            assert card.empty == 0 or firing is not at_once
+            assert firing is not at_once or card.empty <= IRQCHIPS
             counters = driver.line.counters
             assert (counters.changes, counters.fallbacks, guest.unread) == (CHANGES, 0, 0)
             assert card.seen >= CHANGES / 10, "it was heard all along"
