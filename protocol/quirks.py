@@ -147,7 +147,8 @@ QUIRKS: Final[dict[Quirk, About]] = {
     Quirk.NO_MASK_FLAGS: About(
         Peer.LIBVFIO_USER_SERVER,
         "never says MASKABLE or AUTOMASKED, takes MASK and UNMASK without effect and drops an UNMASK eventfd",
-        "client.interrupts does not depend on the flags and unmasks by message",
+        "client.interrupts does not depend on the flags and unmasks by message; client.irqchip hears such a"
+        " device itself, for behind an irqchip it would lose what comes before the end of an interrupt",
     ),
     Quirk.REPEATED_IDS: About(
         None,
