@@ -7,7 +7,6 @@ from __future__ import annotations
 import lzma
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
@@ -112,55 +111,54 @@ def _copy(tree: Path, stage: Path, files: Iterable[Path]) -> None:
         shutil.copy(file, target)  # follows links: the loader finds each library under the name it asks for
 
 
-def write_initramfs(out: IO[bytes], arch: Arch, tree: Path, host: Path, own_files: Path) -> None:
-    """Write an uncompressed initramfs made from the unpacked packages in `tree` and our files in `own_files`.
+def write_initramfs(out: IO[bytes], stage: Path, arch: Arch, tree: Path, host: Path, own_files: Path) -> None:
+    """Write an uncompressed initramfs made from the unpacked packages in `tree` and our files in `own_files`;
+    it is laid out in `stage` before, a directory that this makes.
 
     None of the programs in `tree` is run: they may be another processor's. `host` is the tree of this host's
     own. The archive is not compressed: copying is cheaper under emulation than unpacking.
     """
-    with tempfile.TemporaryDirectory(prefix="trionic-initramfs-") as directory:
-        stage = Path(directory)
-        _stage_modules(tree, stage, program_command(host, "depmod"))
-        tools = [find_program(tree, name) for name in _TOOLS]
-        extra = [tree / "usr/lib" / arch.triplet / name for name in _EXTRA_LIBRARIES]
-        files = {find_program(tree, "busybox"), tree / arch.loader, *tools, *extra}
-        files |= library_closure(tree, arch, [*tools, *extra])
-        files |= {tree / name for name in _OTHER_FILES if (tree / name).exists()}
-        _copy(tree, stage, files)
-        binaries = stage / "usr/bin"
-        sbin = stage / "usr/sbin"
-        sbin.mkdir(parents=True, exist_ok=True)
-        # Debian builds the same applets for every architecture.
-        for applet in run([find_program(host, "busybox"), "--list"]).split():
-            if not (binaries / applet).exists() and not (sbin / applet).exists():
-                (binaries / applet).symlink_to("busybox")
-        (binaries / "sh").unlink(missing_ok=True)
-        (binaries / "sh").symlink_to("dash")
-        # The interactive shell is busybox's, for its line editing; it too shall run the real tools.
-        aliases = [f"alias {path.name}=/{path.relative_to(tree)}\n" for path in sorted(tools)]
-        (stage / "etc").mkdir(exist_ok=True)
-        (stage / "etc/shellrc").write_text("".join(aliases), encoding="utf-8")
-        kmod = next(path for path in (binaries / "kmod", sbin / "kmod") if path.exists())
-        for name in _KMOD_LINKS:
-            (binaries / name).unlink(missing_ok=True)
-            (sbin / name).symlink_to(f"/usr/{kmod.parent.name}/kmod")
-        for name in ("bin", "sbin", "lib64"):
-            (stage / name).symlink_to(f"usr/{name}")
-        for name in ("dev", "proc", "sys", "run", "tmp", "root", "etc", "mnt", "var"):
-            (stage / name).mkdir(exist_ok=True)
-        (stage / "etc/passwd").write_text("root::0:0:root:/root:/bin/sh\n", encoding="utf-8")
-        (stage / "etc/group").write_text("root::0:\n", encoding="utf-8")
-        (stage / "etc/motd").write_bytes((own_files / "motd").read_bytes())
-        (stage / "usr/lib/trionic.sh").write_bytes((own_files / "trionic.sh").read_bytes())
-        dhcp = stage / "etc/udhcpc/default.script"
-        dhcp.parent.mkdir()
-        dhcp.write_bytes((own_files / "udhcpc.script").read_bytes())
-        dhcp.chmod(0o755)
-        init = stage / "init"
-        init.write_bytes((own_files / "init").read_bytes())
-        init.chmod(0o755)
-        archive = CpioWriter(out)
-        archive.tree(stage)
-        # The kernel opens this one for /init before anything is mounted.
-        archive.character_device("dev/console", 5, 1)
-        archive.close()
+    _stage_modules(tree, stage, program_command(host, "depmod"))
+    tools = [find_program(tree, name) for name in _TOOLS]
+    extra = [tree / "usr/lib" / arch.triplet / name for name in _EXTRA_LIBRARIES]
+    files = {find_program(tree, "busybox"), tree / arch.loader, *tools, *extra}
+    files |= library_closure(tree, arch, [*tools, *extra])
+    files |= {tree / name for name in _OTHER_FILES if (tree / name).exists()}
+    _copy(tree, stage, files)
+    binaries = stage / "usr/bin"
+    sbin = stage / "usr/sbin"
+    sbin.mkdir(parents=True, exist_ok=True)
+    # Debian builds the same applets for every architecture.
+    for applet in run([find_program(host, "busybox"), "--list"]).split():
+        if not (binaries / applet).exists() and not (sbin / applet).exists():
+            (binaries / applet).symlink_to("busybox")
+    (binaries / "sh").unlink(missing_ok=True)
+    (binaries / "sh").symlink_to("dash")
+    # The interactive shell is busybox's, for its line editing; it too shall run the real tools.
+    aliases = [f"alias {path.name}=/{path.relative_to(tree)}\n" for path in sorted(tools)]
+    (stage / "etc").mkdir(exist_ok=True)
+    (stage / "etc/shellrc").write_text("".join(aliases), encoding="utf-8")
+    kmod = next(path for path in (binaries / "kmod", sbin / "kmod") if path.exists())
+    for name in _KMOD_LINKS:
+        (binaries / name).unlink(missing_ok=True)
+        (sbin / name).symlink_to(f"/usr/{kmod.parent.name}/kmod")
+    for name in ("bin", "sbin", "lib64"):
+        (stage / name).symlink_to(f"usr/{name}")
+    for name in ("dev", "proc", "sys", "run", "tmp", "root", "etc", "mnt", "var"):
+        (stage / name).mkdir(exist_ok=True)
+    (stage / "etc/passwd").write_text("root::0:0:root:/root:/bin/sh\n", encoding="utf-8")
+    (stage / "etc/group").write_text("root::0:\n", encoding="utf-8")
+    (stage / "etc/motd").write_bytes((own_files / "motd").read_bytes())
+    (stage / "usr/lib/trionic.sh").write_bytes((own_files / "trionic.sh").read_bytes())
+    dhcp = stage / "etc/udhcpc/default.script"
+    dhcp.parent.mkdir()
+    dhcp.write_bytes((own_files / "udhcpc.script").read_bytes())
+    dhcp.chmod(0o755)
+    init = stage / "init"
+    init.write_bytes((own_files / "init").read_bytes())
+    init.chmod(0o755)
+    archive = CpioWriter(out)
+    archive.tree(stage)
+    # The kernel opens this one for /init before anything is mounted.
+    archive.character_device("dev/console", 5, 1)
+    archive.close()

@@ -184,7 +184,7 @@ def _cached_tree(arch: Arch, host: Path | None) -> Path:
     if host is None:
         packages += [_QEMU_SUITE, *_QEMU_PACKAGES]
     recipe = [_SUITE, arch.debian, *packages, *_UNWANTED, str(_LAYOUT)]
-    return cached("guest-root", "\n".join(recipe), lambda work: _make_tree(work, arch, host))
+    return _used(cached("guest-root", "\n".join(recipe), lambda work: _make_tree(work, arch, host)))
 
 
 def _cached_image(arch: Arch, made: Path, host: Path) -> Path:
@@ -193,12 +193,21 @@ def _cached_image(arch: Arch, made: Path, host: Path) -> Path:
     def make(work: Path) -> None:
         _sweep("guest-image", work)
         _say(f"making the initramfs of {arch.debian} guests")
+        stage = work / "stage"  # here, so that a killed run leaves it where the next one sweeps
         with (work / "initramfs.cpio").open("wb") as out:
-            write_initramfs(out, arch, made / "tree", host, _IMAGE_FILES)
+            write_initramfs(out, stage, arch, made / "tree", host, _IMAGE_FILES)
+        shutil.rmtree(stage)
         size = (work / "initramfs.cpio").stat().st_size
         _say(f"the initramfs is ready: {size / 1e6:.0f} MB")
 
-    return cached("guest-image", f"{made.name}\n{_digest([_IMAGE_FILES, *_IMAGE_MAKERS])}", make)
+    return _used(cached("guest-image", f"{made.name}\n{_digest([_IMAGE_FILES, *_IMAGE_MAKERS])}", make))
+
+
+def _used(made: Path) -> Path:
+    """The same; nobody sweeps it away for a week, nor do we while we make the next thing from it."""
+    with suppress(PermissionError):  # somebody else's cache: theirs to keep alive
+        os.utime(made)
+    return made
 
 
 def guest_root(arch: Arch = HOST) -> Root:
@@ -218,8 +227,5 @@ def guest_root(arch: Arch = HOST) -> Root:
         raise
     except PeerError as failed:
         raise RigError(str(failed)) from failed
-    for used in {own, made, image}:
-        with suppress(PermissionError):  # somebody else's cache: theirs to keep alive
-            os.utime(used)
     versions = json.loads((own / "versions.json").read_text(encoding="utf-8"))
     return Root(arch=arch, host=host, tree=made / "tree", image=image, versions=versions)
