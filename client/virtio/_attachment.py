@@ -168,6 +168,11 @@ class Attachment:
         try:
             await listen(listener)
         except ClientError as error:
+            self._failed(listener, error)
+
+    def _failed(self, listener: Listener, error: ClientError) -> None:
+        """Whoever hears no more is not told either, though it may have happened before."""
+        if not self._listening.cancel_called:
             listener.failed(error)
 
     async def _msix(self, interrupt: Interrupt, listener: Listener) -> None:
@@ -191,19 +196,30 @@ class Attachment:
             count = await line.wait()
 
     async def _handle(self, cpu: Processor, line: Intx, listener: Listener) -> None:
-        """As `_intx`, where the processor calls and the irqchip sees to the unmasking."""
+        """As `_intx`, where the processor calls and the irqchip sees to the unmasking. A call that is under
+        way at the end is given up, for the processor does nothing else before it returns.
+        """
+        under_way = trio.CancelScope()
 
         async def handler() -> bool:
-            try:
-                return bool(await self._service(listener, 1))
-            except ClientError as error:
-                listener.failed(error)
-                return False
+            nonlocal under_way
+            isr = Isr(0)
+            with trio.CancelScope() as under_way:
+                try:
+                    isr = await self._service(listener, 0)
+                except ClientError as error:
+                    self._failed(listener, error)
+            if isr:
+                listener.interrupted((), 1)
+            return bool(isr)
 
         assert line.line is not None
-        with cpu.handling(line.line, handler):
-            await self._service(listener, 0)
-            await trio.sleep_forever()
+        try:
+            with cpu.handling(line.line, handler):
+                await self._service(listener, 0)
+                await trio.sleep_forever()
+        finally:
+            under_way.cancel()
 
     async def _service(self, listener: Listener, count: int) -> Isr:
         """Pass on what the ISR says, on behalf of so many interrupts."""
@@ -215,7 +231,7 @@ class Attachment:
 
     async def _listen_session(self, listener: Listener) -> None:
         """No interrupt comes when the server is gone."""
-        listener.failed(await self.session.wait_end())
+        self._failed(listener, await self.session.wait_end())
 
     async def close(self) -> None:
         """Hear no more, unwire the interrupts and unmap the doorbells."""

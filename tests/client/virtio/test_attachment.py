@@ -14,6 +14,7 @@ from client.irqchip import InterruptController, Intx, IntxMode, IntxRoute
 from client.irqchip.processor import Processor, open_processor
 from client.irqchip.userspace import Ioapic, Pic, open_ioapic, open_pic
 from client.virtio import NetDriver, Slot, Wiring, open_net
+from client.virtio.transport import Isr
 from tests.client.peer import open_fds
 from tests.client.virtio.fake_nic import FakeNic, session_with_nic
 from tests.client.virtio.test_moving import movable
@@ -58,6 +59,20 @@ async def plugged_in(nic: FakeNic, host: Machine) -> AsyncIterator[NetDriver]:
         open_net(session, wiring=Wiring.INTX, slot=host.slot) as driver,
     ):
         yield driver
+
+
+class Quiet:
+    """Another device on a line; lets it go when it is asked."""
+
+    def __init__(self, host: Machine, line: int) -> None:
+        self.host = host
+        self.line = line
+        self.calls = 0
+
+    async def __call__(self) -> bool:
+        self.calls += 1
+        self.host.controller.deassert_line(self.line, self)
+        return True
 
 
 def line_of(driver: NetDriver) -> Intx:
@@ -150,3 +165,62 @@ async def test_a_driver_that_ends_leaves_nothing_in_the_irqchip() -> None:
         assert (nic.intx_fd, nic.unmask_fd) == (-1, -1)
         await host.change()
     assert open_fds() == before
+
+
+async def test_a_card_that_is_left_while_it_does_not_answer_holds_up_no_processor() -> None:
+    old, new = movable(), movable()
+    new.origin = old
+    async with machine() as host, session_with_nic(new) as second, plugged_in(old, host) as driver:
+        await go_round(driver, range(5))
+        asked = trio.Event()
+
+        async def hangs() -> Isr:
+            asked.set()
+            await trio.sleep_forever()
+
+        driver._attachment.transport.isr = hangs  # type: ignore[method-assign]
+        line = line_of(driver).line
+        assert line is not None
+        host.controller.assert_line(line, "somebody else")
+        await asked.wait()
+        await driver.migrate_to(second)
+        host.controller.deassert_line(line, "somebody else")
+        await go_round(driver, range(5, 10))
+
+
+async def test_a_card_that_is_left_fails_no_driver_when_its_server_goes() -> None:
+    old, new = movable(), movable()
+    new.origin = old
+    async with machine() as host, session_with_nic(new) as second, plugged_in(old, host) as driver:
+        await go_round(driver, range(5))
+        asked = trio.Event()
+
+        async def goes() -> Isr:
+            asked.set()
+            with trio.CancelScope(shield=True):
+                while driver.session is not second:
+                    await trio.lowlevel.checkpoint()
+            raise client.Disconnected("the server is gone")
+
+        driver._attachment.transport.isr = goes  # type: ignore[method-assign]
+        line = line_of(driver).line
+        assert line is not None
+        host.controller.assert_line(line, "somebody else")
+        await asked.wait()
+        await driver.migrate_to(second)
+        host.controller.deassert_line(line, "somebody else")
+        await go_round(driver, range(5, 10))
+
+
+async def test_interrupts_of_others_on_the_line_are_not_counted() -> None:
+    async with machine() as host, plugged_in(FakeNic(), host) as driver:
+        await go_round(driver, range(5))
+        await trio.testing.wait_all_tasks_blocked()
+        before = driver.counters.interrupts
+        line = line_of(driver).line
+        assert line is not None
+        with host.cpu.handling(line, quiet := Quiet(host, line)):
+            host.controller.assert_line(line, quiet)
+            await trio.testing.wait_all_tasks_blocked()
+        assert quiet.calls == 1
+        assert driver.counters.interrupts == before
