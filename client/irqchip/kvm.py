@@ -59,7 +59,9 @@ class KvmChip(Irqchip):
         """Tell KVM an input's level."""
 
     def activate(self) -> None:
-        """The VM's inputs lead here and nowhere else."""
+        """The VM's inputs lead here and nowhere else. Who was attached when this chip was left, and is still,
+        hears its resample eventfd: the level was taken down, and may have to be raised again.
+        """
         if self.active:
             return
         with _refused():
@@ -73,6 +75,10 @@ class KvmChip(Irqchip):
             except KvmError:
                 self.deactivate()
                 raise
+        for wire in self._wires.values():
+            if wire.asserted:
+                wire.asserted = False
+                signal(wire.resample_fd)
 
     def deactivate(self) -> None:
         """The VM's inputs lead nowhere. Before that all are taken down, for later nobody could."""
@@ -82,6 +88,7 @@ class KvmChip(Irqchip):
         with _refused():
             for wire in self._wires.values():
                 self.vm.remove_irqfd(wire.gsi, wire.trigger_fd)
+                wire.asserted = True  # for all we know
             for gsi in self._high:
                 self._drive(gsi, False)
             self.vm.set_routes([])

@@ -250,6 +250,27 @@ def test_an_inactive_chip_leaves_eventfds_alone(kind: IrqchipKind, chip_type: ty
         assert os.eventfd_read(trigger) == 2
 
 
+@EACH
+async def test_what_was_attached_all_the_while_says_it_again_when_the_chip_is_used_again(
+    kind: IrqchipKind, chip_type: type[KvmChip]
+) -> None:
+    """As when another one could not be activated: nobody detaches then, and the level was taken down."""
+    with made(kind, chip_type) as (machine, (chip,)), eventfds() as (trigger, resample):
+        if kind == "kernel":
+            await program_levels(machine)
+        chip.activate()
+        chip.attach(GSI, trigger, resample)
+        os.eventfd_write(trigger, 1)
+        while kind == "kernel" and not high(machine):
+            pass
+        chip.deactivate()
+        chip.activate()
+        assert os.eventfd_read(resample) == 1
+        chip.activate()
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(resample)
+
+
 def test_an_inactive_split_irqchip_hears_of_no_end() -> None:
     with made("split", KvmSplit) as (machine, (chip,)), eventfds() as (trigger, resample):
         chip.attach(GSI, trigger, resample)
