@@ -7,7 +7,6 @@ through the tree's own dynamic loader.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -15,65 +14,22 @@ from pathlib import Path
 from tests.guest._arch import HOST
 from tests.guest._errors import RigError
 from tests.peers.cache import PeerError
-from tests.peers.debian import mirror, run
+from tests.peers.debian import apt_environment, run
 
-_KEYRINGS = [
-    Path("/usr/share/keyrings/debian-archive-keyring.gpg"),
-    Path("/usr/share/keyrings/debian-archive-keyring.pgp"),
-]
 _STALE_KEYS = re.compile(r"NO_PUBKEY|not signed|Missing key|not available")
 
 
 class PackageTree:
-    """An apt of its own in `home`, knowing the binary packages of `suites` and believing that nothing is
-    installed.
-
-    Whatever it downloads is verified against Debian's archive keys. General settings of the host's apt, such
-    as proxies, apply; its sources, lists and installed packages are neither read nor changed.
-    """
+    """An apt of its own in `home`, knowing the binary packages of `suites` (see `apt_environment`)."""
 
     def __init__(self, home: Path, suites: list[str], architecture: str) -> None:
         for tool in ("apt-get", "dpkg-deb"):
             if shutil.which(tool) is None:
                 raise RigError(f"{tool} is missing: the guest rig is assembled from Debian packages")
-        keyring = next((path for path in _KEYRINGS if path.is_file()), None)
-        if keyring is None:
-            raise RigError("Debian's archive keys are missing: run `apt-get install debian-archive-keyring`")
-        if '"' in str(home):
-            raise RigError(f"apt cannot be configured for a directory of this name: {home}")
-        self._home = home
         self._archives = home / "cache/archives"
-        for directory in ("lists/partial", "cache/archives/partial", "dpkg", "empty"):
-            (home / directory).mkdir(parents=True)
-        # Nothing is installed; apt also keeps its locks beside this file.
-        (home / "dpkg/status").touch()
-        archive = mirror()
-        lines = [
-            f"deb [arch={architecture} signed-by={keyring}] {archive} {suite} main\n" for suite in suites
-        ]
-        (home / "sources.list").write_text("".join(lines), encoding="utf-8")
-        settings = {
-            "Dir::State": home,
-            "Dir::State::Lists": home / "lists",
-            "Dir::State::status": home / "dpkg/status",
-            "Dir::Cache": home / "cache",
-            "Dir::Etc::sourcelist": home / "sources.list",
-            "Dir::Etc::sourceparts": home / "empty",
-            "Dir::Etc::preferences": "/dev/null",
-            "Dir::Etc::preferencesparts": home / "empty",
-            "APT::Architecture": architecture,
-            "APT::Architectures": architecture,
-            "APT::Install-Recommends": "false",
-            "APT::Get::List-Cleanup": "false",
-            "APT::Keep-Downloaded-Packages": "true",
-            # Root could not hand its downloads to apt's unprivileged user inside a private directory.
-            "APT::Sandbox::User": "root" if os.geteuid() == 0 else "",
-        }
-        lines = [f'{key} "{value}";\n' for key, value in settings.items()]
-        (home / "apt.conf").write_text("".join(lines), encoding="utf-8")
+        self._environment = apt_environment(home, "deb", suites, architecture)
         try:
-            # An index that cannot be fetched is an error here, not apt's mere warning.
-            self._apt("get", "-o", "APT::Update::Error-Mode=any", "update")
+            self._apt("get", "update")
         except PeerError as failed:
             hint = ""
             if _STALE_KEYS.search(str(failed)):
@@ -81,8 +37,7 @@ class PackageTree:
             raise RigError(f"{failed}{hint}") from failed
 
     def _apt(self, tool: str, *arguments: str, cwd: Path | None = None) -> str:
-        environment = {"APT_CONFIG": str(self._home / "apt.conf"), "LC_ALL": "C.UTF-8"}
-        return run([f"apt-{tool}", "-q", *arguments], cwd=cwd, env=environment)
+        return run([f"apt-{tool}", "-q", *arguments], cwd=cwd, env=self._environment)
 
     def download(self, *packages: str, release: str) -> None:
         """Fetch packages with everything they depend on, dependencies from `release` where it has them."""

@@ -90,51 +90,66 @@ def _keyring() -> Path:
     raise PeerError("Debian's archive keys are missing: apt-get install debian-archive-keyring")
 
 
-class IsolatedApt:
-    """An apt that knows one suite's source packages and keeps index, cache and settings in its own directory.
+def apt_environment(
+    home: Path, kind: str, suites: Sequence[str], architecture: str | None = None
+) -> dict[str, str]:
+    """The environment in which apt knows nothing but `suites` of the archive, of the ``deb`` or ``deb-src``
+    `kind`, believes that no package is installed, and keeps all that it writes in `home`.
 
     Whatever it downloads is verified against Debian's archive keys. The host's package lists, sources and
     installed packages are neither read nor changed; its general settings (proxies, for example) do apply.
     """
+    # Inline values may not contain a quote; a home with one in its path is refused rather than misread.
+    if '"' in str(home):
+        raise PeerError(f"apt cannot be configured for a directory of this name: {home}")
+    for directory in ("lists/partial", "cache/archives/partial", "dpkg", "empty"):
+        (home / directory).mkdir(parents=True, exist_ok=True)
+    # Nothing is installed; apt also keeps its locks beside this file.
+    (home / "dpkg/status").touch()
+    options = f"arch={architecture} " * (architecture is not None) + f"signed-by={_keyring()}"
+    archive = mirror()
+    sources = home / "sources.list"
+    sources.write_text(
+        "".join(f"{kind} [{options}] {archive} {suite} main\n" for suite in suites), encoding="utf-8"
+    )
+    settings = {
+        "Dir::State": home,
+        "Dir::State::Lists": home / "lists",
+        "Dir::State::status": home / "dpkg/status",
+        "Dir::Cache": home / "cache",
+        "Dir::Etc::sourcelist": sources,
+        "Dir::Etc::sourceparts": home / "empty",
+        "Dir::Etc::preferences": "/dev/null",
+        "Dir::Etc::preferencesparts": home / "empty",
+        "APT::Install-Recommends": "false",
+        "APT::Get::List-Cleanup": "false",
+        "APT::Keep-Downloaded-Packages": "true",
+        # An index that cannot be fetched is an error here, not the warning that apt makes of it by default.
+        "APT::Update::Error-Mode": "any",
+        # Root could not hand its downloads to apt's unprivileged user inside a private directory.
+        "APT::Sandbox::User": "root" if os.geteuid() == 0 else "",
+    }
+    if architecture is not None:
+        settings |= {"APT::Architecture": architecture, "APT::Architectures": architecture}
+    config = home / "apt.conf"
+    config.write_text("".join(f'{key} "{value}";\n' for key, value in settings.items()), encoding="utf-8")
+    return {"APT_CONFIG": str(config), "LC_ALL": "C.UTF-8"}
+
+
+class IsolatedApt:
+    """An apt that knows one suite's source packages (see `apt_environment`)."""
 
     def __init__(self, home: Path, suite: str) -> None:
         self.suite = suite
-        self._config = home / "apt.conf"
-        for directory in ("lists/partial", "cache/archives/partial", "empty"):
-            (home / directory).mkdir(parents=True, exist_ok=True)
-        # Inline values may not contain a quote; a home with one in its path is refused rather than misread.
-        if '"' in str(home) or "]" in str(home):
-            raise PeerError(f"apt cannot be configured for a directory of this name: {home}")
-        sources = home / "sources.list"
-        sources.write_text(f"deb-src [signed-by={_keyring()}] {mirror()} {suite} main\n", encoding="utf-8")
-        settings = {
-            "Dir::State": home,
-            "Dir::State::Lists": home / "lists",
-            "Dir::State::status": "/dev/null",
-            "Dir::Cache": home / "cache",
-            "Dir::Etc::sourcelist": sources,
-            "Dir::Etc::sourceparts": home / "empty",
-            "Dir::Etc::preferences": "/dev/null",
-            "Dir::Etc::preferencesparts": home / "empty",
-            "APT::Get::List-Cleanup": "false",
-            "APT::Install-Recommends": "false",
-            # Root could not hand its downloads to apt's unprivileged user inside a private directory.
-            "APT::Sandbox::User": "root" if os.geteuid() == 0 else "",
-        }
-        self._config.write_text(
-            "".join(f'{key} "{value}";\n' for key, value in settings.items()), encoding="utf-8"
-        )
+        self._environment = apt_environment(home, "deb-src", [suite])
 
     def _apt_get(self, *arguments: str, cwd: Path | None = None) -> str:
-        return run(
-            ["apt-get", "-q", *arguments], cwd=cwd, env={"APT_CONFIG": str(self._config), "LC_ALL": "C.UTF-8"}
-        )
+        return run(["apt-get", "-q", *arguments], cwd=cwd, env=self._environment)
 
     def fetch_source(self, package: str, into: Path) -> Path:
         """Download a source package, not yet unpacked; the answer is its ``.dsc`` file inside `into`."""
         into.mkdir(parents=True, exist_ok=True)
-        # An index that cannot be fetched is an error here, not the warning that apt makes of it by default.
-        self._apt_get("-o", "APT::Update::Error-Mode=any", "update")
+        self._apt_get("update")
         self._apt_get("source", "--download-only", "--only-source", f"{package}/{self.suite}", cwd=into)
         descriptions = list(into.glob(f"{package}_*.dsc"))
         if len(descriptions) != 1:
