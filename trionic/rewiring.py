@@ -76,7 +76,8 @@ class Rewiring(Frames):
 async def rewire(card: Path, changes: int) -> Rewiring:
     """Change the irqchip so often while the card at `card` sends and receives.
 
-    ClientError if the card cannot be reached, sends nothing back, loses its fast path, or falls silent.
+    ClientError if the card cannot be reached, sends nothing back, has no fast path or loses it, or falls
+    silent.
     """
     with ungrouped(client.ClientError):
         return await _rewire(card, changes)
@@ -99,8 +100,8 @@ async def _rewire(card: Path, changes: int) -> Rewiring:
                 await traffic.wait_begun()
                 for change in range(changes):
                     await controller.activate(pic if change % 2 else ioapic)
-                    if line.failure is not None:
-                        raise line.failure
+                    if line.failure is not None or not line.accelerated:
+                        raise line.failure or client.ClientError("the card's INTx does not mask itself")
                     if not await traffic.wait_more(BETWEEN):
                         raise client.ClientError(f"the card fell silent after change {change + 1}")
                 await traffic.end()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import client
-from client.irqchip import IrqchipError
+from client.irqchip import Intx, IrqchipError
 from client.irqchip.userspace import Ioapic, Pic
 from tests.trionic.command import serving
 from trionic import _traffic
@@ -51,4 +51,13 @@ async def test_a_card_without_its_fast_path_is_told(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Pic, "attach", refuse)
     async with card(tmp_path) as path:
         with pytest.raises(client.ClientError, match="attaching: Invalid argument"):
+            await rewire(path, 2)
+
+
+async def test_a_card_that_never_had_a_fast_path_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Intx, "_masks_itself", False)
+    async with card(tmp_path) as path:
+        with pytest.raises(client.ClientError, match="does not mask itself"):
             await rewire(path, 2)
