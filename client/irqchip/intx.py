@@ -43,8 +43,8 @@ class Intx:
     """Made by `open_intx`. `pin` is 1 for INTA, 0 if the device has none; `line` is that of the root bus.
 
     It changes in one way after the other, each to its end whatever is cancelled meanwhile, and in bounded
-    time. What fails on the way of a change is logged, kept in `failure`, and leaves the line on the slow
-    path.
+    time. What fails on the way of a change is logged and kept in `failure`; a line that cannot be put on the
+    fast path is on the slow one.
     """
 
     def __init__(
@@ -125,7 +125,8 @@ class Intx:
                     await self._end(requests)
 
     async def reconnect(self, session: Session) -> None:
-        """The same device is behind another session now: wire its line there, where it is live again.
+        """The same device is behind another session now: wire its line there, where it is live again. For the
+        present session it is wired anew.
 
         Raises as `enable` does; the line is dead then, and this may be tried again.
         """
@@ -134,7 +135,8 @@ class Intx:
                 self._require(session)
                 self._slow.deafen()
                 self._detach()
-                if session is not self.session:
+                # A line that is wired already would stay masked; a device that masks none would miss something.
+                if session is not self.session or self._masks_itself:
                     with suppress(ClientError):
                         await requests.unwire()
                 self.session = session

@@ -191,9 +191,10 @@ class Server:
     def _set_irqs(self, name: str, fds: tuple[int, ...]) -> None:
         match name:
             case "TRIGGER":
+                if self._trigger < 0:  # a line that is in use stays masked, as in the kernel
+                    self.masked = False
                 self._wire(*fds)
-                self.masked = False
-                if self.high and self._automasked:
+                if self.high and self._automasked and not self.masked:
                     self._signal()
             case "DISABLE":
                 self._wire(-1)

@@ -47,7 +47,26 @@ async def test_a_server_that_is_still_there_is_told_to_let_go(place: Place) -> N
 async def test_the_same_session_can_be_wired_again(place: Place) -> None:
     async with place.intx() as (intx, _):
         await intx.reconnect(intx.session)
-        assert place.said() == ["xics detach 5", *LIVE]
+        assert place.said() == ["xics detach 5", "DISABLE", *LIVE]
+
+
+async def test_one_that_does_not_mask_itself_is_at_no_time_without_its_eventfd(place: Place) -> None:
+    async with place.intx(intx_flags=EDGES) as (intx, _):
+        await intx.reconnect(intx.session)
+        assert place.said() == ["TRIGGER"]
+
+
+async def test_what_is_pending_there_is_not_forgotten(place: Place) -> None:
+    async with place.intx(bypass=False) as (intx, server):
+        server.raise_line()
+        await settled()
+        await intx.reconnect(intx.session)
+        await settled()
+        assert intx.pending
+        with client.Bar(intx.session, BAR0) as bar:
+            await bar.read(ISR, 4)
+        await settled()
+        assert not server.masked
 
 
 @pytest.mark.parametrize("bypass", [True, False])
