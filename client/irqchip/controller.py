@@ -78,8 +78,7 @@ class InterruptController:
                 self._drive()
                 raise
             self._chip = chip
-            self._drive()
-            await self.irqchip_change.notify()
+            await self._follow(self.irqchip_change)
 
     async def set_route(self, line: int, route: IntxRoute) -> None:
         """Send a line somewhere else, and tell everybody; also if it goes where it went before.
@@ -90,8 +89,7 @@ class InterruptController:
         async with self._change():
             _check_inputs(self._chip, (route,))
             self._routes[_checked(line)] = route
-            self._drive()
-            await self.routing_change.notify()
+            await self._follow(self.routing_change)
 
     @asynccontextmanager
     async def _change(self) -> AsyncIterator[None]:
@@ -100,6 +98,13 @@ class InterruptController:
                 raise ClientError(f"a subscriber to {notifier.what} wants a change before all have followed")
         async with self._changing:
             yield
+
+    async def _follow(self, change: Notifier) -> None:
+        """Levels and devices follow what has changed, the latter even if an input refuses its level."""
+        try:
+            self._drive()
+        finally:
+            await change.notify()
 
     def assert_line(self, line: int, device: Hashable) -> None:
         """`device` drives the line; it is high while anybody does."""

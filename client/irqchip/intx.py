@@ -135,7 +135,7 @@ class Intx:
                 self._require(session)
                 self._slow.deafen()
                 self._detach()
-                # A line that is wired already would stay masked; a device that masks none would miss something.
+                # A line that is wired already would stay masked; one that masks none would lose something.
                 if session is not self.session or self._masks_itself:
                     with suppress(ClientError):
                         await requests.unwire()

@@ -136,6 +136,38 @@ async def test_an_irqchip_that_cannot_be_deactivated_stays_and_nobody_is_told(pl
     place.controller.deassert_line(0, "device")
 
 
+async def test_a_level_that_is_refused_keeps_the_change_from_nobody(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(gsi: int, level: bool) -> None:
+        raise IrqchipError(f"input {gsi} to {level}", errno.EIO)
+
+    told: list[str] = []
+
+    async def irqchip_changed() -> None:
+        told.append("irqchip")
+
+    async def route_changed() -> None:
+        told.append("route")
+
+    place.controller.assert_line(0, "device")
+    with (
+        place.controller.irqchip_change.subscribed(irqchip_changed),
+        place.controller.routing_change.subscribed(route_changed),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place.xive, "set_level", broken)
+            with pytest.raises(IrqchipError, match="input 5 to True"):
+                await place.controller.activate(place.xive)
+            with pytest.raises(IrqchipError, match="input 6 to True"):
+                await place.controller.set_route(0, enabled(6))
+    assert told == ["irqchip", "route"]
+    assert place.controller.chip is place.xive
+    assert place.controller.route(0) == enabled(6)
+    place.controller.deassert_line(0, "device")
+    assert not place.xive.high
+
+
 async def test_a_route_to_no_input_is_refused_before_anything_changes(place: Place) -> None:
     async def told() -> None:
         raise AssertionError
