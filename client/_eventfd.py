@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -52,10 +53,12 @@ def identity(fd: int) -> int | None:
 def signal(fd: int) -> None:
     """Add one, unless the counter is full: then the server has a wake-up that it has not read.
 
-    The server may have made the file block, so room is asked for first. One that fills the counter between
-    the two holds this thread: like mapped memory, eventfds are for servers that one trusts so far.
+    The server may have made the file block, so room is asked for first. One that does both, and fills the
+    counter between the two, holds this thread: like mapped memory, eventfds are for servers that one trusts
+    so far.
     """
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     if any(event & select.POLLOUT for _, event in poll.poll(0)):
-        os.eventfd_write(fd, 1)
+        with suppress(BlockingIOError):  # filled between the two
+            os.eventfd_write(fd, 1)

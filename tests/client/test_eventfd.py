@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import os
+import select
 from collections.abc import Iterator
 
 import pytest
 import trio
 
-from client._eventfd import identity, is_eventfd, signal, take
+from client._eventfd import identity, is_eventfd, make_eventfd, signal, take
 
 FULL = 0xFFFF_FFFF_FFFF_FFFE
 
@@ -57,3 +58,23 @@ def test_all_descriptors_of_one_eventfd_have_its_identity_and_nothing_else_has(f
     for made in (copy, other, memory):
         os.close(made)
     assert identity(copy) is None
+
+
+def test_a_counter_that_fills_up_at_the_last_moment_is_a_wake_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    fd = make_eventfd()
+
+    class Poll:
+        """Finds room, which the server takes."""
+
+        def register(self, fd: int, events: int) -> None:
+            self.fd = fd
+
+        def poll(self, timeout: int) -> list[tuple[int, int]]:
+            os.eventfd_write(self.fd, FULL)
+            return [(self.fd, select.POLLOUT)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(select, "poll", Poll)
+        signal(fd)
+    assert take(fd) == FULL
+    os.close(fd)

@@ -154,13 +154,13 @@ async def test_a_level_that_is_refused_keeps_the_change_from_nobody(
     with (
         place.controller.irqchip_change.subscribed(irqchip_changed),
         place.controller.routing_change.subscribed(route_changed),
+        monkeypatch.context() as patch,
     ):
-        with monkeypatch.context() as patch:
-            patch.setattr(place.xive, "set_level", broken)
-            with pytest.raises(IrqchipError, match="input 5 to True"):
-                await place.controller.activate(place.xive)
-            with pytest.raises(IrqchipError, match="input 6 to True"):
-                await place.controller.set_route(0, enabled(6))
+        patch.setattr(place.xive, "set_level", broken)
+        with pytest.raises(IrqchipError, match="input 5 to True"):
+            await place.controller.activate(place.xive)
+        with pytest.raises(IrqchipError, match="input 6 to True"):
+            await place.controller.set_route(0, enabled(6))
     assert told == ["irqchip", "route"]
     assert place.controller.chip is place.xive
     assert place.controller.route(0) == enabled(6)
