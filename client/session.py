@@ -433,6 +433,7 @@ class Session:
         waiting, self._waiting = self._waiting, {}
         for task in waiting.values():
             trio.lowlevel.reschedule(task, outcome.Error(Disconnected(self._failure)))
+        self.trapping.end()
 
     def hang_up(self, reason: str) -> None:
         """End the session from this side, now; the server sees it, and has to let go of everything."""

@@ -19,6 +19,8 @@ class Trapping:
         self.mapped = True
         self.begun = 0
         """How many accesses have begun; the number of the last one."""
+        self.over = False
+        """Whether the session has ended, and with it all accesses."""
         self._subscribers: list[Callable[[int], None]] = []
 
     def __len__(self) -> int:
@@ -44,3 +46,8 @@ class Trapping:
         """It was: a read is answered, a write as well or, if it is posted, on its way."""
         for subscriber in tuple(self._subscribers):
             subscriber(number)
+
+    def end(self) -> None:
+        """No access is possible any more; subscribers are told as if there had been one."""
+        self.over = True
+        self.done(self.begin())

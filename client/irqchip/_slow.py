@@ -112,7 +112,7 @@ class SlowPath:
         self._counters.merged += count - (not self.pending)
         self.pending = True
         self._heard_at = self._trapping.begun
-        self._drive(True)
+        self._drive(not self._trapping.over)
         self._quiet_from = trio.current_time() + INTX_MAPPINGS_OFF
         if self._trapping.mapped:
             self._trapping.mapped = False
@@ -132,8 +132,12 @@ class SlowPath:
     def _accessed(self, number: int) -> None:
         """End what is pending, unless the access was under way already when that was heard: it may have been
         too early to see the reason, and the driver, whose line stays high, comes again.
+
+        When the session is over nobody can end it. The line falls, lest a CPU do nothing but try.
         """
-        if self.pending and number > self._heard_at:
+        if self._trapping.over:
+            self._drive(False)
+        elif self.pending and number > self._heard_at:
             self.pending = False
             owed, self.owed = self.owed, True
             self._drive(False)

@@ -451,3 +451,28 @@ async def test_a_session_has_one_line_in_use(place: Place) -> None:
         await second.reconnect(session)
         server.raise_line()
         assert place.xics.take() == 1
+
+
+@pytest.mark.parametrize("flags", [AUTOMASKED, EDGES])
+async def test_a_server_that_is_gone_leaves_no_interrupt_that_nobody_can_end(place: Place, flags: int) -> None:
+    async with place.intx(bypass=False, intx_flags=flags) as (intx, server):
+        server.raise_line()
+        await settled()
+        assert place.xics.high == {INPUT}
+        server.peer.sock.close()
+        await settled()
+        assert not place.xics.high
+        await place.controller.activate(place.xive)
+        signal(intx.trigger_fd)
+        await settled()
+        assert not place.xive.high
+        async with place.device(intx_flags=flags) as (session, another):
+            await intx.reconnect(session)
+            if flags == AUTOMASKED:
+                another.raise_line()
+            await settled()
+            assert place.xive.high == {INPUT}
+            with client.Bar(session, BAR0) as bar:
+                await bar.read(ISR, 4)
+            assert not place.xive.high
+            await intx.disable()
