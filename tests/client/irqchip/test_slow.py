@@ -454,7 +454,9 @@ async def test_a_session_has_one_line_in_use(place: Place) -> None:
 
 
 @pytest.mark.parametrize("flags", [AUTOMASKED, EDGES])
-async def test_a_server_that_is_gone_leaves_no_interrupt_that_nobody_can_end(place: Place, flags: int) -> None:
+async def test_a_server_that_is_gone_leaves_no_interrupt_that_nobody_can_end(
+    place: Place, flags: int
+) -> None:
     async with place.intx(bypass=False, intx_flags=flags) as (intx, server):
         server.raise_line()
         await settled()
