@@ -13,7 +13,7 @@ import trio.testing
 import client
 from client.irqchip import Intx, IntxMode, IntxRoute, IrqchipError, open_intx
 from protocol.limits import INTX_TIMEOUT, MAX_QUEUED
-from tests.client.irqchip.scripted import INPUT, ISR, Does, Place, Server, nothing_left, settled
+from tests.client.irqchip.scripted import INPUT, MAPPED, Does, Place, Server, nothing_left, settled
 
 TO_XIVE = ["xics deactivate", "xive activate"]
 APART = ["MASK", "xics detach 5", "UNMASK"]
@@ -345,9 +345,8 @@ async def test_an_unmask_leaves_however_much_waits_for_a_server_that_wakes_up_to
         server.script = {0: Does.IGNORE}
         nursery.start_soon(place.controller.activate, place.xive)
         await settled()
-        with client.Bar(intx.session, 0, map=False) as bar:
-            for _ in range(MAX_QUEUED // 16):
-                bar.post(ISR, 4, 0)
+        for _ in range(2 * MAX_QUEUED >> 12):
+            intx.session.post_write_now(0, MAPPED, bytes(1 << 12))
         mock_clock.jump(INTX_TIMEOUT)
         await settled()
         assert not intx.accelerated
