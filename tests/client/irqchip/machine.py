@@ -278,8 +278,11 @@ class Machine:
 
     @property
     def levels(self) -> set[int]:
-        """Inputs to be driven high: by an interrupt on the slow path or, inverted, for want of one."""
-        pending = any(driver.line.pending for driver in self.drivers)
+        """Inputs to be driven high: by an interrupt on the slow path or, inverted, for want of one. A device
+        whose session is over drives nothing.
+        """
+        lines = [driver.line for driver in self.drivers]
+        pending = any(line.pending and not line.session.trapping.over for line in lines)
         high = self.route.mode is not IntxMode.DISABLED and pending != (self.route.mode is IntxMode.INVERTED)
         return {self.route.gsi} if high else set()
 
