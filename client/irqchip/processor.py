@@ -30,7 +30,8 @@ class HandlingCounters:
 
 
 class Processor:
-    """Takes the interrupts of the active irqchip, the highest priority first, and runs one handler at a time.
+    """Takes the interrupts of the active irqchip, the highest priority first, and runs one handler at a time:
+    one that waits for a device which does not answer keeps all others waiting, as on any CPU.
 
     An interrupt is ended at the irqchip that it came from, whatever its handlers did. While the active
     irqchip is not a `UserspaceChip` it has a CPU elsewhere, and this one rests.
