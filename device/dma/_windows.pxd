@@ -3,6 +3,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from device._gate cimport Gate
 from device.dma._dirty cimport DirtyLog
 from device.dma._files cimport Backing, SharedFiles
+from device.dma._table cimport Window, WindowTable
 
 
 cdef enum:
@@ -20,22 +21,14 @@ cdef enum:
     FAULT_REFUSED = -1000       # less an errno: what the client's answer came to
 
 
-cdef struct Window:
-    uint64_t iova
-    uint64_t last           # address of the last byte, so that a window may end at 2^64
-    uint64_t offset         # into the backing; of borrowed memory its address
-    uint32_t prot
-    int backing             # index, or one of the numbers below
-
-
-cdef enum:
+cdef enum:                  # the backing of a Window is an index, or one of these
     NO_BACKING = -1         # no file descriptor came with it
     BORROWED = -2           # less a guard: memory that somebody else mapped
 
 
 cdef class DmaWindows:
-    cdef Window *_windows
-    cdef size_t _count, _capacity, _hit
+    cdef WindowTable _table
+    cdef Window *_hit                       # the last one that was found, or NULL
     cdef SharedFiles _files
     cdef Backing *_backings                 # those of `_files`
     cdef readonly uint64_t generation       # grows with every change of the table
@@ -52,7 +45,6 @@ cdef class DmaWindows:
     cdef size_t _without_backing            # windows
     cdef readonly size_t unanswered         # accesses that the client is being asked for
 
-    cdef Py_ssize_t _find(self, uint64_t iova) noexcept nogil
     cdef int span(self, uint64_t iova, uint64_t length, uint32_t prot,
                   uint8_t **where, uint64_t *run) noexcept nogil
     cdef uint8_t *contiguous(self, uint64_t iova, uint64_t length, uint32_t prot) noexcept nogil
@@ -64,6 +56,7 @@ cdef class DmaWindows:
                          const uint8_t *source) noexcept nogil
     cdef int _ask(self, uint64_t iova, uint64_t length, uint8_t *target, const uint8_t *source) except 1
     cpdef void disturb(self) noexcept
-    cdef Py_ssize_t _place(self, uint64_t iova, uint64_t size, uint32_t prot) except -1
-    cdef int _insert(self, Py_ssize_t at, Window window) except -1
+    cdef int _check(self, uint64_t iova, uint64_t size, uint32_t prot) except -1
+    cdef int _insert(self, Window window) except -1
+    cdef void _forget(self, Window *w) noexcept
     cdef void _release(self, int backing) noexcept

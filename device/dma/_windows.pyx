@@ -1,9 +1,10 @@
 # cython: language_level=3
 """DMA windows: which I/O virtual addresses the client has mapped, and where their bytes are in this process.
 
-A sorted table answers by containment of the whole span, in arithmetic that cannot wrap. Each file behind the
-windows is mapped once, whole, however many windows point into it: mapping a 4 KiB window costs a table
-insertion and no system call but fstat, and windows that adjoin in the file adjoin in memory.
+A sorted table (see _table) answers by containment of the whole span, in arithmetic that cannot wrap. Each
+file behind the windows is mapped once, whole, however many windows point into it: mapping a 4 KiB window costs
+a table insertion and no system call but those that look at the file, and windows that adjoin in the file
+adjoin in memory.
 
 What lies in windows without memory here is asked of the client, by whatever `remote` knows to send it. Such
 an access lets the gate go while it waits, and so must never be made for the sake of a reply that the client
@@ -19,12 +20,12 @@ from functools import partial
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, realloc
-from libc.string cimport memcpy, memmove
+from libc.string cimport memcpy
 
 from device._gate cimport Gate
 from device.dma._dirty cimport DirtyLog
 from device.dma._files cimport Backing, SharedFiles
+from device.dma._table cimport Place, Window, WindowTable
 
 from device.dma.remote import UnwantedError
 from device.errors import DeviceError
@@ -32,7 +33,9 @@ from device.errors import DeviceError
 
 PAGE_SIZE = 4096                # what vfio-user's pgsizes capability must include; windows are aligned to it
 
-MAX_WINDOWS = 1 << 20           # 48 MB of table; a vIOMMU with 4 KiB pages does reach hundreds of thousands
+# A vIOMMU with 4 KiB pages does reach hundreds of thousands. 40 MiB of table if they come in order, 58 MiB at
+# random, and never more than 160 MiB.
+MAX_WINDOWS = 1 << 20
 
 # Bytes asked of the client at once: vfio-user's max_data_xfer_size, which every peer grants by default.
 DEFAULT_REMOTE_LIMIT = 1 << 20
@@ -71,17 +74,30 @@ cdef class DmaWindows:
         self._remote_limit = DEFAULT_REMOTE_LIMIT
         self._files = SharedFiles()
         self._backings = self._files.backings
-
-    def __dealloc__(self):
-        free(self._windows)
+        self._table = WindowTable()
 
     def __len__(self):
-        return self._count
+        return self._table.count
 
     def windows(self):
         """The windows as (iova, size, prot, has_memory), in order of address."""
-        return [(w.iova, w.last - w.iova + 1, w.prot, w.backing != NO_BACKING)
-                for w in self._windows[:self._count]]
+        cdef Place at = self._table.place(0)
+        cdef Window *w = self._table.row(&at)
+        listed = []
+        while w != NULL:
+            listed.append((w.iova, w.last - w.iova + 1, w.prot, w.backing != NO_BACKING))
+            w = self._table.after(&at)
+        return listed
+
+    @property
+    def table_bytes(self):
+        """Memory that the table takes."""
+        return self._table.bytes()
+
+    @property
+    def moved(self):
+        """Rows and blocks of the table that changes have moved so far, to keep it in order."""
+        return self._table.moved
 
     # --- changes
 
@@ -92,14 +108,13 @@ cdef class DmaWindows:
         file), EEXIST (overlaps a window), ENOSPC (table full), EACCES (write permission asked of a read-only
         fd), or what mmap says.
         """
-        cdef Py_ssize_t at = self._place(iova, size, prot)
         cdef int backing = NO_BACKING
+        self._check(iova, size, prot)
         if fd_offset & (PAGE_SIZE - 1):
             raise DeviceError(errno.EINVAL, f"file offset {fd_offset:#x}: not aligned to {PAGE_SIZE}")
         if fd is not None:
             backing = self._files.acquire(fd, fd_offset, size, prot & DMA_WRITE)
-        self._insert(
-            at, Window(iova=iova, last=iova + size - 1, offset=fd_offset, prot=prot, backing=backing))
+        self._insert(Window(iova=iova, last=iova + size - 1, offset=fd_offset, prot=prot, backing=backing))
 
     def map_memory(self, uint64_t iova, uint64_t size, uint32_t prot, uint64_t address,
                    size_t page_size=PAGE_SIZE):
@@ -108,45 +123,39 @@ cdef class DmaWindows:
         It must stay until `unmap` has returned. `page_size` is that of its file, which its owner may
         truncate. Raises DeviceError as `map` does.
         """
-        cdef Py_ssize_t at = self._place(iova, size, prot)
+        self._check(iova, size, prot)
         if address == 0 or address & (PAGE_SIZE - 1) or address + size < address:
             raise DeviceError(errno.EINVAL, f"memory at {address:#x}+{size:#x} is no whole pages")
         if page_size < PAGE_SIZE or page_size & (page_size - 1):
             raise DeviceError(errno.EINVAL, f"pages of {page_size} bytes")
         guard = self._files.guard(<void *> address, size, page_size)
         self._insert(
-            at, Window(iova=iova, last=iova + size - 1, offset=address, prot=prot, backing=BORROWED - guard))
+            Window(iova=iova, last=iova + size - 1, offset=address, prot=prot, backing=BORROWED - guard))
 
-    cdef Py_ssize_t _place(self, uint64_t iova, uint64_t size, uint32_t prot) except -1:
-        """Where in the table a new window belongs; DeviceError if it cannot be."""
+    cdef int _check(self, uint64_t iova, uint64_t size, uint32_t prot) except -1:
+        """DeviceError if a new window cannot be there."""
         cdef uint64_t last = iova + size - 1
-        cdef Py_ssize_t at
+        cdef Window *w
         if size == 0 or last < iova:
             raise DeviceError(errno.EINVAL, f"a window of {size:#x} bytes at {iova:#x} is empty or wraps")
         if (iova | size) & (PAGE_SIZE - 1):
             raise DeviceError(errno.EINVAL, f"window {iova:#x}+{size:#x}: not aligned to {PAGE_SIZE}")
         if prot == 0 or prot & ~<uint32_t> (DMA_READ | DMA_WRITE):
             raise DeviceError(errno.EINVAL, f"window permissions {prot:#x}: read (1) and write (2) are known")
-        if self._count >= self.limit:
+        if self._table.count >= self.limit:
             raise DeviceError(errno.ENOSPC, f"the table holds {self.limit} windows and is full")
-        at = self._find(iova)           # the first window that ends at or after iova
-        if at < <Py_ssize_t> self._count and self._windows[at].iova <= last:
-            raise DeviceError(
-                errno.EEXIST, f"window {iova:#x}+{size:#x} overlaps one at {self._windows[at].iova:#x}")
-        return at
+        w = self._table.find(iova)
+        if w != NULL and w.iova <= last:
+            raise DeviceError(errno.EEXIST, f"window {iova:#x}+{size:#x} overlaps one at {w.iova:#x}")
+        return 0
 
-    cdef int _insert(self, Py_ssize_t at, Window window) except -1:
-        cdef Window *grown
-        if self._count == self._capacity:
-            grown = <Window *> realloc(self._windows, max(64, 2 * self._capacity) * sizeof(Window))
-            if grown == NULL:
-                self._release(window.backing)
-                raise MemoryError
-            self._windows = grown
-            self._capacity = max(64, 2 * self._capacity)
-        memmove(&self._windows[at + 1], &self._windows[at], (self._count - at) * sizeof(Window))
-        self._windows[at] = window
-        self._count += 1
+    cdef int _insert(self, Window window) except -1:
+        try:
+            self._table.insert(window)
+        except MemoryError:
+            self._release(window.backing)
+            raise
+        self._hit = NULL
         self._without_backing += window.backing == NO_BACKING
         self.generation += 1
         if self.on_map is not None:
@@ -161,41 +170,49 @@ cdef class DmaWindows:
         """
         cdef uint64_t last = iova + size - 1
         cdef uint64_t total = 0
-        cdef Py_ssize_t first, end, i
+        cdef Place start, end
+        cdef Window *w
+        cdef Window *at_last
         if size == 0 or last < iova:
             raise DeviceError(errno.EINVAL, f"a span of {size:#x} bytes at {iova:#x} is empty or wraps")
-        first = self._find(iova)
-        end = first
-        while end < <Py_ssize_t> self._count and self._windows[end].iova <= last:
-            if self._windows[end].iova < iova or self._windows[end].last > last:
-                raise DeviceError(
-                    errno.EINVAL,
-                    f"unmapping {iova:#x}+{size:#x} would cut the window at {self._windows[end].iova:#x}")
-            end += 1
-        if end == first:
+        start = self._table.place(iova)
+        w = self._table.row(&start)
+        if w == NULL or w.iova > last:
             return 0
-        for i in range(first, end):
-            total += self._windows[i].last - self._windows[i].iova + 1
-            self._without_backing -= self._windows[i].backing == NO_BACKING
-            self._release(self._windows[i].backing)
-        memmove(&self._windows[first], &self._windows[end], (self._count - end) * sizeof(Window))
-        self._count -= end - first
-        self._hit = 0
+        at_last = self._table.find(last)
+        if at_last == NULL or at_last.iova > last or at_last.last == last:
+            at_last = w                 # nothing is cut there
+        if w.iova < iova or at_last.last > last:
+            cut = w.iova if w.iova < iova else at_last.iova
+            raise DeviceError(errno.EINVAL, f"unmapping {iova:#x}+{size:#x} would cut the window at {cut:#x}")
+        end = start
+        while w != NULL and w.iova <= last:
+            total += w.last - w.iova + 1
+            self._forget(w)
+            w = self._table.after(&end)
+        self._table.remove(start, end)
+        self._hit = NULL
         self.generation += 1
         return total
 
     def unmap_all(self):
         """Remove every window; returns how many there were."""
-        cdef size_t i
-        count = self._count
-        for i in range(self._count):
-            self._release(self._windows[i].backing)
-        self._count = 0
-        self._without_backing = 0
-        self._hit = 0
+        cdef Place at = self._table.place(0)
+        cdef Window *w = self._table.row(&at)
+        count = self._table.count
+        while w != NULL:
+            self._forget(w)
+            w = self._table.after(&at)
+        self._table.clear()
+        self._hit = NULL
         self.generation += 1
         self.disturb()
         return count
+
+    cdef void _forget(self, Window *w) noexcept:
+        """It is about to be removed."""
+        self._without_backing -= w.backing == NO_BACKING
+        self._release(w.backing)
 
     cdef void _release(self, int backing) noexcept:
         if backing <= BORROWED:
@@ -296,33 +313,20 @@ cdef class DmaWindows:
 
     # --- lookups without the GIL
 
-    cdef Py_ssize_t _find(self, uint64_t iova) noexcept nogil:
-        """Index of the first window whose last byte is at or after `iova`."""
-        cdef size_t low = 0, high = self._count, middle
-        while low < high:
-            middle = (low + high) // 2
-            if self._windows[middle].last < iova:
-                low = middle + 1
-            else:
-                high = middle
-        return low
-
     cdef int span(self, uint64_t iova, uint64_t length, uint32_t prot,
                   uint8_t **where, uint64_t *run) noexcept nogil:
         """Where `iova` is, and how many of `length` bytes its window holds; or a FAULT.
 
         With FAULT_MESSAGE_ONLY the number is right, too.
         """
-        cdef Window *w
+        cdef Window *w = self._hit
         cdef Backing *b
         cdef uint64_t left
-        cdef size_t at = self._hit
-        if at >= self._count or iova < self._windows[at].iova or iova > self._windows[at].last:
-            at = self._find(iova)
-            if at >= self._count or iova < self._windows[at].iova:
+        if w == NULL or iova < w.iova or iova > w.last:
+            w = self._table.find(iova)
+            if w == NULL or iova < w.iova:
                 return FAULT_UNMAPPED
-            self._hit = at
-        w = &self._windows[at]
+            self._hit = w
         if (w.prot & prot) != prot:
             return FAULT_PROTECTION
         left = w.last - iova            # bytes after this one
