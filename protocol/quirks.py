@@ -50,6 +50,7 @@ class Quirk(Enum):
     LONG_IO_FDS = 18
     LONG_MIGRATION_DATA = 19
     BASE_ONLY_DMA = 20
+    UNCOUNTED_WINDOWS = 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,12 @@ QUIRKS: Final[dict[Quirk, About]] = {
         Peer.QEMU_CLIENT,
         "sends writes with No_reply until it meets a region that can be mapped, and never after",
         "writes are done in order whether they want an answer or not",
+    ),
+    Quirk.UNCOUNTED_WINDOWS: About(
+        Peer.QEMU_CLIENT,
+        "says a max_dma_maps of 65535, refuses a server that says more, and does not count: with a virtual "
+        "IOMMU it maps as many windows as its guest makes",
+        "it is told what it said, and may have as many windows as the server bears",
     ),
     Quirk.WHOLE_BODIES: About(
         Peer.LIBVFIO_USER_SERVER,

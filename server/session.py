@@ -30,7 +30,14 @@ import trio
 from device.errors import DeviceError
 from device.function import PciFunction, ResetKind
 from protocol import Broken, Connection, Event, Negotiated, Refused, Request, Role, command_name
-from protocol.limits import KEPT_DESCRIPTOR, KEPT_REQUEST, MAX_KEPT, Limits, SessionLimits
+from protocol.limits import (
+    KEPT_DESCRIPTOR,
+    KEPT_REQUEST,
+    MAX_DMA_MAPS,
+    MAX_KEPT,
+    Limits,
+    SessionLimits,
+)
 from protocol.quirks import Overrides, Quirk
 from server._answer import Terms
 from server._descriptors import close_all
@@ -65,7 +72,7 @@ class Session:
         self._function = function
         self._socket = client
         self._limits = limits or SessionLimits()
-        self._engine = Connection(Role.SERVER, offer, quirks)
+        self._engine = Connection(Role.SERVER, offer or Limits(max_dma_maps=MAX_DMA_MAPS), quirks)
         self._drain = Drain(
             client.fileno(), function.region_read, function.region_write, self._failed, poll_us=poll_us
         )
@@ -258,7 +265,10 @@ class Session:
         self._negotiated = True
         self._patience.deadline = float("inf")
         engine, peer = self._engine, event.peer
-        self._terms = Terms(peer.max_msg_fds, min(engine.limits.max_dma_maps, peer.max_dma_maps))
+        windows = engine.limits.max_dma_maps
+        if Quirk.UNCOUNTED_WINDOWS not in engine.quirks:
+            windows = min(windows, peer.max_dma_maps)
+        self._terms = Terms(peer.max_msg_fds, windows)
         if event.twin:
             await self._share_twin(event.reply)
         else:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from protocol import Limits
+from protocol.limits import DEFAULT_MAX_DMA_MAPS, MAX_DMA_MAPS
 
 
 @pytest.mark.parametrize(
@@ -14,7 +15,7 @@ from protocol import Limits
         {"max_msg_fds": -1},
         {"max_data_xfer_size": 0},
         {"max_data_xfer_size": (64 << 20) + 1},
-        {"max_dma_maps": 65536},
+        {"max_dma_maps": MAX_DMA_MAPS + 1},
         {"max_dma_maps": 0},
         {"pgsizes": 2048},
         {"pgsizes": 0},
@@ -29,3 +30,4 @@ def test_the_defaults_are_what_qemu_takes() -> None:
     limits = Limits()
     assert limits.max_msg_fds <= 16
     assert limits.max_data_xfer_size <= 64 << 20
+    assert limits.max_dma_maps <= DEFAULT_MAX_DMA_MAPS
