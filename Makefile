@@ -43,6 +43,7 @@ fuzz: build
 
 bench: build host-packages
 	@$(PY) -m bench.register_rtt
+	@$(PY) -m bench.dma
 	@$(PY) -m bench.guest_iperf
 
 clean:

@@ -26,14 +26,15 @@ START_PATIENCE = 10.0
 
 
 def compiled(name: str, source: Path, flags: Sequence[str] = ()) -> Path:
-    """One C file as a program in the cache; edited sources and other flags give another program."""
+    """One C file as a program in the cache; edited sources, headers beside it and other flags give another."""
 
     def build(work: Path) -> None:
         require_host_package("gcc", Path("/usr/bin/gcc"))
         require_host_package("libc6-dev", Path("/usr/include/stdlib.h"))
         run([*GCC, "-o", work / name, source, *flags])
 
-    recipe = "\n".join([*GCC, *flags, source.read_text(encoding="utf-8")])
+    sources = [source, *sorted(source.parent.glob("*.h"))]
+    recipe = "\n".join([*GCC, *flags, *(one.read_text(encoding="utf-8") for one in sources)])
     return cached(name, recipe, build) / name
 
 
@@ -42,12 +43,25 @@ def register_client() -> Path:
     return compiled("register_client", HERE / "_c_client" / "register_client.c")
 
 
+def dma_client() -> Path:
+    """The same for DMA windows."""
+    return compiled("dma_client", HERE / "_c_client" / "dma_client.c")
+
+
 def libvfio_user_command(*, poll: bool = False) -> str:
     """The C server to compare with, as a command whose ``{socket}`` is to be filled in."""
     program = compiled(
         "lvu_register_server", HERE / "peers" / "lvu_register_server.c", libvfio_user().compile_flags
     )
     return f"{shlex.quote(str(program))} {'--poll ' if poll else ''}{{socket}}"
+
+
+def libvfio_user_dma_command() -> str:
+    """The C server that takes DMA windows, as `libvfio_user_command` gives that of registers."""
+    program = compiled(
+        "lvu_dma_bench_server", HERE / "peers" / "lvu_dma_server.c", libvfio_user().compile_flags
+    )
+    return f"{shlex.quote(str(program))} {{socket}}"
 
 
 class Server:

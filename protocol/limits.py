@@ -242,7 +242,8 @@ class Limits:
     `max_msg_fds`: descriptors in one message; `max_data_xfer_size`: bytes of data in one read or write;
     `max_dma_maps`: DMA windows at a time, and no client is told more than it proposed; `pgsizes`: mask of
     page sizes of DMA windows; `write_multiple`: whether REGION_WRITE_MULTI is spoken; `twin_socket`: whether
-    the server's commands may have a socket of their own. Raises ValueError where a known peer would refuse the value.
+    the server's commands may have a socket of their own. Raises ValueError where a known peer would refuse
+    the value.
     """
 
     max_msg_fds: int = MAX_MSG_FDS

@@ -8,31 +8,9 @@
  * then measures: the clock is read just before the request leaves and just after the whole reply has arrived. Given
  * several sockets it reads from them in turn, so that one moment's noise meets all servers alike.
  */
-#define _GNU_SOURCE
-#include <endian.h>
-#include <err.h>
-#include <errno.h>
-#include <getopt.h>
-#include <sched.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/socket.h>
-#include <sys/un.h>
-#include <time.h>
-#include <unistd.h>
+#include "vfio_user.h"
 
-enum { VERSION = 1, REGION_READ = 9, REGION_WRITE = 10 };
-enum { REPLY = 1, TYPE_MASK = 0xf, ERROR = 0x20 };
 enum { CONFIG_REGION = 7, PCI_COMMAND = 4, PCI_COMMAND_MEMORY = 2 };
-
-struct header {
-    uint16_t id, command;
-    uint32_t size, flags, error;
-};
 
 struct access {
     struct header header;
@@ -49,7 +27,7 @@ static struct {
     uint64_t offset;
     long reads, warm_up, pause_us;
     int cpu;
-    bool spin, raw;
+    bool raw;
 } options = { .width = 4, .reads = 20000, .warm_up = 500, .cpu = -1 };
 
 enum { MAX_SERVERS = 4 };
@@ -68,63 +46,6 @@ static void usage(void)
             "  -b          print latencies as binary 32-bit nanoseconds, server by server, not percentiles");
 }
 
-static void send_all(int connection, const void *data, size_t size)
-{
-    ssize_t sent = send(connection, data, size, MSG_NOSIGNAL);
-
-    if (sent < 0)
-        err(1, "send");
-    if ((size_t)sent != size)
-        errx(1, "the socket took half a message");
-}
-
-static void receive_all(int connection, void *data, size_t size)
-{
-    size_t have = 0;
-
-    while (have < size) {
-        ssize_t got = recv(connection, (char *)data + have, size - have, options.spin ? MSG_DONTWAIT : MSG_WAITALL);
-
-        if (got == 0)
-            errx(1, "the server hung up");
-        if (got > 0)
-            have += (size_t)got;
-        else if (errno != EAGAIN && errno != EINTR)
-            err(1, "recv");
-    }
-}
-
-/* A reply that is not the one asked for ends the measurement: its latency would be of something else. */
-static void check_reply(const struct header *reply, uint16_t id, uint16_t command)
-{
-    if (le16toh(reply->id) != id || le16toh(reply->command) != command || (le32toh(reply->flags) & TYPE_MASK) != REPLY)
-        errx(1, "the reply to command %u is not one", command);
-    if (le32toh(reply->flags) & ERROR)
-        errx(1, "command %u failed: %s", command, strerror((int)le32toh(reply->error)));
-}
-
-static void negotiate(int connection)
-{
-    static const char capabilities[] = "{\"capabilities\":{\"max_msg_fds\":8}}";
-    struct {
-        struct header header;
-        uint16_t major, minor;
-        char json[sizeof capabilities];
-    } __attribute__((packed)) offer = { .header = { .command = htole16(VERSION), .size = htole32(sizeof offer) } };
-    struct header reply;
-    char rest[4096];
-    size_t size;
-
-    memcpy(offer.json, capabilities, sizeof capabilities);
-    send_all(connection, &offer, sizeof offer);
-    receive_all(connection, &reply, sizeof reply);
-    check_reply(&reply, 0, VERSION);
-    size = le32toh(reply.size);
-    if (size < sizeof reply + 4 || size - sizeof reply > sizeof rest)
-        errx(1, "the reply to VERSION is %zu bytes long", size);
-    receive_all(connection, rest, size - sizeof reply);
-}
-
 /* Drivers read BARs after the bus switched decoding on; a faithful server may answer nothing useful before. */
 static void enable_memory(int connection)
 {
@@ -138,14 +59,6 @@ static void enable_memory(int connection)
     send_all(connection, &write, ACCESS_SIZE + 2);
     receive_all(connection, &reply, ACCESS_SIZE);
     check_reply(&reply.header, 1, REGION_WRITE);
-}
-
-static uint64_t now(void)
-{
-    struct timespec time;
-
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
 }
 
 /* One register read; the answer is its latency in nanoseconds. */
@@ -176,16 +89,6 @@ static int by_value(const void *left, const void *right)
     return (a > b) - (a < b);
 }
 
-static long number(const char *text)
-{
-    char *end;
-    long value = strtol(text, &end, 0);
-
-    if (*text == '\0' || *end != '\0' || value < 0)
-        errx(2, "%s is not a number", text);
-    return value;
-}
-
 static void parse(int argc, char **argv)
 {
     int option;
@@ -199,28 +102,13 @@ static void parse(int argc, char **argv)
         case 'u': options.warm_up = number(optarg); break;
         case 'p': options.pause_us = number(optarg); break;
         case 'c': options.cpu = (int)number(optarg); break;
-        case 's': options.spin = true; break;
+        case 's': spinning = true; break;
         case 'b': options.raw = true; break;
         default: usage();
         }
     }
     if (optind >= argc || argc - optind > MAX_SERVERS || options.reads < 1 || options.width < 1 || options.width > 4)
         usage();
-}
-
-static int connect_to(const char *path)
-{
-    struct sockaddr_un address = { .sun_family = AF_UNIX };
-    int connection = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-
-    if (strlen(path) >= sizeof address.sun_path)
-        errx(2, "the socket's path is too long");
-    strcpy(address.sun_path, path);
-    if (connection < 0 || connect(connection, (struct sockaddr *)&address, sizeof address) < 0)
-        err(1, "%s", path);
-    negotiate(connection);
-    enable_memory(connection);
-    return connection;
 }
 
 static void print_percentiles(uint32_t *latency, size_t count)
@@ -243,16 +131,12 @@ int main(int argc, char **argv)
     latency = calloc(reads * (size_t)servers, sizeof *latency);
     if (latency == NULL)
         err(1, "calloc");
-    if (options.cpu >= 0) {
-        cpu_set_t cpus;
-
-        CPU_ZERO(&cpus);
-        CPU_SET((size_t)options.cpu, &cpus);
-        if (sched_setaffinity(0, sizeof cpus, &cpus) < 0)
-            err(1, "CPU %d", options.cpu);
-    }
-    for (long server = 0; server < servers; server++)
+    if (options.cpu >= 0)
+        pin_to(options.cpu);
+    for (long server = 0; server < servers; server++) {
         connections[server] = connect_to(argv[optind + server]);
+        enable_memory(connections[server]);
+    }
 
     for (long i = 0; i < servers * (options.warm_up + options.reads); i++) {
         long server = i % servers, round = i / servers - options.warm_up;
@@ -268,10 +152,7 @@ int main(int argc, char **argv)
             latency[server * options.reads + round] = taken;
     }
     if (options.raw) {
-        size_t count = reads * (size_t)servers;
-
-        if (fwrite(latency, sizeof *latency, count, stdout) != count || fflush(stdout))
-            err(1, "standard output");
+        write_samples(latency, reads * (size_t)servers);
         return 0;
     }
     for (long server = 0; server < servers; server++)

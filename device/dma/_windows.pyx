@@ -2,9 +2,9 @@
 """DMA windows: which I/O virtual addresses the client has mapped, and where their bytes are in this process.
 
 A sorted table (see _table) answers by containment of the whole span, in arithmetic that cannot wrap. Each
-file behind the windows is mapped once, whole, however many windows point into it: mapping a 4 KiB window costs
-a table insertion and no system call but those that look at the file, and windows that adjoin in the file
-adjoin in memory.
+file behind the windows is mapped once, whole, however many windows point into it: mapping a 4 KiB window
+costs a table insertion and no system call but those that look at the file, and windows that adjoin in the
+file adjoin in memory.
 
 What lies in windows without memory here is asked of the client, by whatever `remote` knows to send it. Such
 an access lets the gate go while it waits, and so must never be made for the sake of a reply that the client
