@@ -26,7 +26,7 @@ START_PATIENCE = 10.0
 
 
 def compiled(name: str, source: Path, flags: Sequence[str] = ()) -> Path:
-    """One C file as a program in the cache; edited sources, headers beside it and other flags give another."""
+    """One C file as a program in the cache; edited sources or headers and other flags give another one."""
 
     def build(work: Path) -> None:
         require_host_package("gcc", Path("/usr/bin/gcc"))

@@ -1,4 +1,4 @@
-"""What DMA windows cost: to map and take back, beside libvfio-user; to find and to copy between, beside plain C.
+"""What DMA windows cost: mapped and taken back beside libvfio-user, found and copied between beside plain C.
 
 ``python -m bench.dma --help`` tells how to run it, ``bench/README.md`` what its numbers mean.
 """

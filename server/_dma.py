@@ -16,7 +16,16 @@ from protocol.messages import Bitmap, DmaLoggingControl, DmaLoggingReport, DmaMa
 from protocol.vfio import DmaMapFlags, DmaUnmapFlags
 from server._answer import Answer, Terms
 
-__all__ = ["SMALLEST_PAGE", "dma_map", "dma_unmap", "report_logging", "start_logging", "stop_logging"]
+__all__ = [
+    "SMALLEST_PAGE",
+    "dma_map",
+    "dma_unmap",
+    "map_window",
+    "report_logging",
+    "start_logging",
+    "stop_logging",
+    "unmap_span",
+]
 
 # Plain numbers, because the complement of an IntFlag has none of the bits that no member names.
 _PROTECTION: Final = int(DmaMapFlags.READ | DmaMapFlags.WRITE)
@@ -28,17 +37,30 @@ SMALLEST_PAGE: Final = 4096
 
 
 def dma_map(function: PciFunction, request: Request, body: DmaMap, terms: Terms) -> Answer:
+    """DMA_MAP, see `map_window`."""
+    fd = request.fds[0] if request.fds else None
+    map_window(function, terms, int(body.flags), body.offset, body.address, body.length, fd)
+    return Answer()
+
+
+def map_window(
+    function: PciFunction,
+    terms: Terms,
+    flags: int,
+    offset: int,
+    address: int,
+    length: int,
+    fd: int | None,
+) -> None:
     """Map a window; one that came with a descriptor is reached through that, others by message."""
-    if int(body.flags) & ~_PROTECTION:
+    if flags & ~_PROTECTION:
         # The other bits choose ways to reach the memory that this server does not know: to ignore them
         # would be to map something else than was meant.
-        raise DeviceError(EINVAL, f"DMA_MAP flags {int(body.flags):#x}")
+        raise DeviceError(EINVAL, f"DMA_MAP flags {flags:#x}")
     if len(function.dma) >= terms.windows:
         raise DeviceError(ENOSPC, f"{terms.windows} DMA windows, as many as were agreed on")
-    fd = request.fds[0] if request.fds else None
     with function.gate:
-        function.dma.map(body.address, body.length, int(body.flags), fd, body.offset if request.fds else 0)
-    return Answer()
+        function.dma.map(address, length, flags, fd, 0 if fd is None else offset)
 
 
 def dma_unmap(function: PciFunction, request: Request, body: DmaUnmap, terms: Terms) -> Answer:
@@ -54,9 +76,14 @@ def dma_unmap(function: PciFunction, request: Request, body: DmaUnmap, terms: Te
     elif flags & _BITMAP:
         return _unmap_with_bitmap(function, body, Bitmap.decode(request.data))
     else:
-        with function.gate:
-            function.dma.unmap(body.address, body.length)
+        unmap_span(function, body.address, body.length)
     return Answer(replace(body, argsz=DmaUnmap.size))
+
+
+def unmap_span(function: PciFunction, address: int, length: int) -> None:
+    """Take the windows inside the span away."""
+    with function.gate:
+        function.dma.unmap(address, length)
 
 
 def _unmap_with_bitmap(function: PciFunction, body: DmaUnmap, bitmap: Bitmap) -> Answer:

@@ -19,6 +19,8 @@ class Drain:
         write: Callable[[int, int, bytes], None],
         failed: Callable[[int, Exception], int],
         *,
+        dma_map: Callable[[int, int, int, int, int | None], None] | None = None,
+        dma_unmap: Callable[[int, int], None] | None = None,
         poll_us: int = 0,
     ) -> None: ...
     def run(self) -> int: ...

@@ -1,9 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""The hot half of a session: takes from the socket, answers register accesses, leaves the rest to the engine.
+"""The hot half of a session: takes from the socket, answers what is frequent, leaves the rest to the engine.
 
-A register access is a REGION_READ or REGION_WRITE of at most `MAX_COUNT` bytes that lies whole in what one
-recvmsg gave. It is answered here, by the same rules as the protocol engine's and without its objects.
-Everything else, and everything that looks wrong in any way, goes from its first byte on to the engine, so
+Frequent are register accesses, REGION_READ and REGION_WRITE of at most `MAX_COUNT` bytes, and with a virtual
+IOMMU, whose guest waits for each, DMA_MAP and plain DMA_UNMAP. One that lies whole in what one recvmsg gave is
+answered here, by the same rules as the protocol engine's and without its objects. Everything else, and everything that looks wrong in any way, goes from its first byte on to the engine, so
 there is one place only that refuses a message.
 
 Nothing here blocks. At most one reply waits to be sent; until it is, nothing more is taken from the socket.
@@ -17,14 +17,19 @@ from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_SetFromErrno
 from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EPIPE, errno
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy, memset
+from posix.unistd cimport close
 
 from enum import IntEnum
 
 from protocol import Command
 from protocol.limits import HEADER_SIZE, MAX_FDS_PER_MESSAGE, RECEIVE_SIZE
-from protocol.messages import Header, HeaderFlags, RegionAccess
+from protocol.messages import DmaMap, DmaUnmap, Header, HeaderFlags, RegionAccess
+
+from server._records cimport (
+    DMA_MAP, DMA_UNMAP, ERROR, NO_REPLY, REGION_READ, REGION_WRITE, REPLY, access_t, header_t, map_t, unmap_t,
+)
 
 cdef extern from "<sys/uio.h>" nogil:
     struct iovec:
@@ -61,18 +66,6 @@ cdef extern from "<time.h>" nogil:
     int clock_gettime(int, timespec *)
     const int CLOCK_MONOTONIC
 
-cdef struct header_t:
-    uint16_t message_id
-    uint16_t command
-    uint32_t message_size
-    uint32_t flags
-    uint32_t error
-
-cdef struct access_t:
-    uint64_t offset
-    uint32_t region
-    uint32_t count
-
 # Every register there is has 1 to 8 bytes; whoever moves more is not in such a hurry.
 cdef enum:
     MAX_COUNT = 64
@@ -89,14 +82,6 @@ cdef enum:
     PATIENCE = 1_000         # what each message without a yield pays back
     FIRST_LOAN = 20_000_000  # some six slices of a stranger
     MOST_CREDIT = 20_000_000
-
-cdef enum:
-    REGION_READ = 9
-    REGION_WRITE = 10
-    REPLY = 0x1
-    NO_REPLY = 0x10
-    ERROR = 0x20
-
 
 class Outcome(IntEnum):
     """Why `Drain.run` came back."""
@@ -124,14 +109,18 @@ cdef enum:
 cdef class Drain:
     """Takes from the socket `fd`, a non-blocking unix stream, whose owner outlives this object.
 
-    `read(region, offset, count)` and `write(region, offset, data)` do the accesses; what they raise goes to
-    `failed(command, error)`, which gives the errno for the reply.
+    `read(region, offset, count)` and `write(region, offset, data)` do the accesses,
+    `dma_map(flags, offset, address, length, fd)` borrows a descriptor or gets None, and
+    `dma_unmap(address, length)` has no flags; without these two the engine gets such requests. What any of
+    them raises goes to `failed(command, error)`, which gives the errno for the reply.
     """
 
     cdef int _fd
     cdef object _read
     cdef object _write
     cdef object _failed
+    cdef object _dma_map
+    cdef object _dma_unmap
     cdef long _spin_ns
     cdef long _account
     cdef bytearray _received
@@ -153,11 +142,13 @@ cdef class Drain:
     cdef public bint held
     """Whether a message of somebody else is partly sent: replies are then left to `take_unsent`."""
 
-    def __init__(self, int fd, read, write, failed, *, long poll_us=0):
+    def __init__(self, int fd, read, write, failed, *, dma_map=None, dma_unmap=None, long poll_us=0):
         self._fd = fd
         self._read = read
         self._write = write
         self._failed = failed
+        self._dma_map = dma_map
+        self._dma_unmap = dma_unmap
         self._spin_ns = poll_us * 1000
         self._account = FIRST_LOAN
         self._received = bytearray(RECEIVE_SIZE)
@@ -198,8 +189,6 @@ cdef class Drain:
             self._busy = True
             self._at = 0
             self._end = count
-            if self._fds or self._fds_lost:
-                return OTHER
 
     def take(self):
         """(bytes, descriptors, whether descriptors were lost) for the engine; the bytes hold until the next
@@ -285,13 +274,12 @@ cdef class Drain:
         return 0
 
     cdef int _close_fds(self) except -1:
-        import os
         while self._fds:
-            os.close(self._fds.pop())
+            close(self._fds.pop())
         return 0
 
     cdef int _answer_one(self) except -1:
-        """EMPTY: one access was answered; OTHER: what begins here is for the engine; BLOCKED or GONE."""
+        """EMPTY: one request was answered; OTHER: what begins here is for the engine; BLOCKED or GONE."""
         cdef header_t header
         cdef access_t access
         cdef size_t there = self._end - self._at
@@ -302,6 +290,12 @@ cdef class Drain:
         if there < size:
             return OTHER
         memcpy(&header, start, sizeof(header))
+        if header.command == DMA_MAP and self._dma_map is not None:
+            return self._map(&header, start, there)
+        if self._fds or self._fds_lost:
+            return OTHER
+        if header.command == DMA_UNMAP and self._dma_unmap is not None:
+            return self._unmap(&header, start, there)
         memcpy(&access, start + sizeof(header), sizeof(access))
         if access.count == 0 or access.count > MAX_COUNT or access.offset > <uint64_t>-1 - access.count:
             return OTHER
@@ -332,12 +326,60 @@ cdef class Drain:
             reply_size = sizeof(header_t)
         if header.flags & NO_REPLY:
             return EMPTY
-        header.message_size = reply_size
+        memcpy(self._reply + sizeof(header), &access, sizeof(access))
+        return self._reply_to(&header, reply_size, error)
+
+    cdef int _map(self, header_t *header, unsigned char *start, size_t there) except -1:
+        """As `_answer_one`. A descriptor came with the only message there is, or with who knows which."""
+        cdef map_t window
+        cdef size_t size = sizeof(header_t) + sizeof(map_t)
+        cdef int error = 0
+        if self._fds_lost or (self._fds and (there != size or len(self._fds) > 1)):
+            return OTHER
+        if header.flags != 0 or header.message_size != size or there < size:
+            return OTHER
+        memcpy(&window, start + sizeof(header_t), sizeof(window))
+        if (window.argsz < sizeof(window) or window.length == 0 or _wraps(window.address, window.length)
+                or _wraps(window.offset, window.length)):
+            return OTHER
+        self._at += size
+        self.credit -= 1
+        try:
+            fd = self._fds[0] if self._fds else None
+            self._dma_map(window.flags, window.offset, window.address, window.length, fd)
+        except Exception as failure:
+            error = self._failed(DMA_MAP, failure)
+        finally:
+            self._close_fds()
+        return self._reply_to(header, sizeof(header_t), error)
+
+    cdef int _unmap(self, header_t *header, unsigned char *start, size_t there) except -1:
+        """As `_answer_one`."""
+        cdef unmap_t span
+        cdef size_t size = sizeof(header_t) + sizeof(unmap_t)
+        cdef int error = 0
+        if header.flags != 0 or header.message_size != size or there < size:
+            return OTHER
+        memcpy(&span, start + sizeof(header_t), sizeof(span))
+        if span.argsz < sizeof(span) or span.flags != 0 or _wraps(span.address, span.length):
+            return OTHER
+        self._at += size
+        self.credit -= 1
+        try:
+            self._dma_unmap(span.address, span.length)
+        except Exception as failure:
+            error = self._failed(DMA_UNMAP, failure)
+        span.argsz = sizeof(span)
+        memcpy(self._reply + sizeof(header_t), &span, sizeof(span))
+        return self._reply_to(header, sizeof(header_t) if error else size, error)
+
+    cdef int _reply_to(self, header_t *header, size_t size, int error) except -1:
+        """Send a reply of `size` bytes, those after its header being there."""
+        header.message_size = size
         header.flags = REPLY | ERROR if error else REPLY
         header.error = error
-        memcpy(self._reply, &header, sizeof(header))
-        memcpy(self._reply + sizeof(header), &access, sizeof(access))
-        return self._send(reply_size)
+        memcpy(self._reply, header, sizeof(header_t))
+        return self._send(size)
 
     cdef int _send(self, size_t size) except -1:
         cdef ssize_t sent = 0
@@ -353,6 +395,11 @@ cdef class Drain:
             sent = 0
         self._unsent = PyBytes_FromStringAndSize(<char *>self._reply + sent, size - sent)
         return BLOCKED
+
+
+cdef bint _wraps(uint64_t address, uint64_t length) noexcept nogil:
+    """As the engine has it: more bytes than there are from this address on."""
+    return address != 0 and length > <uint64_t>0 - address
 
 
 cdef size_t CONTROL_SIZE = CMSG_SPACE(MAX_FDS_PER_MESSAGE * sizeof(int))
@@ -380,6 +427,8 @@ def _check_layout():
     """What is written here by hand must be what the protocol declares."""
     cdef header_t header
     cdef access_t access
+    cdef map_t window
+    cdef unmap_t span
     ours = {
         Header: [
             ("message_id", <char *>&header.message_id - <char *>&header, sizeof(header.message_id)),
@@ -393,6 +442,19 @@ def _check_layout():
             ("region", <char *>&access.region - <char *>&access, sizeof(access.region)),
             ("count", <char *>&access.count - <char *>&access, sizeof(access.count)),
         ],
+        DmaMap: [
+            ("argsz", <char *>&window.argsz - <char *>&window, sizeof(window.argsz)),
+            ("flags", <char *>&window.flags - <char *>&window, sizeof(window.flags)),
+            ("offset", <char *>&window.offset - <char *>&window, sizeof(window.offset)),
+            ("address", <char *>&window.address - <char *>&window, sizeof(window.address)),
+            ("length", <char *>&window.length - <char *>&window, sizeof(window.length)),
+        ],
+        DmaUnmap: [
+            ("argsz", <char *>&span.argsz - <char *>&span, sizeof(span.argsz)),
+            ("flags", <char *>&span.flags - <char *>&span, sizeof(span.flags)),
+            ("address", <char *>&span.address - <char *>&span, sizeof(span.address)),
+            ("length", <char *>&span.length - <char *>&span, sizeof(span.length)),
+        ],
     }
     for record, fields in ours.items():
         declared = [(field.name, field.offset, field.size) for field in record.layout]
@@ -401,6 +463,10 @@ def _check_layout():
     numbers = {
         "header size": (sizeof(header_t), HEADER_SIZE),
         "access size": (sizeof(access_t), RegionAccess.size),
+        "map size": (sizeof(map_t), DmaMap.size),
+        "unmap size": (sizeof(unmap_t), DmaUnmap.size),
+        "DMA_MAP": (DMA_MAP, Command.DMA_MAP),
+        "DMA_UNMAP": (DMA_UNMAP, Command.DMA_UNMAP),
         "REGION_READ": (REGION_READ, Command.REGION_READ),
         "REGION_WRITE": (REGION_WRITE, Command.REGION_WRITE),
         "REPLY": (REPLY, HeaderFlags.REPLY),

@@ -1,8 +1,8 @@
 """One client's stay on a card: the bytes of its socket to the PCI function and back.
 
 The loop drains: it takes from the socket without waiting, answers, sends each reply whole, and takes again;
-only when nothing is there does it sleep. Register accesses stay within `_drain`, where that costs least;
-the rest is done here. Guarantees:
+only when nothing is there does it sleep. Register accesses and DMA windows stay within `_drain`, where that
+costs least; the rest is done here. Guarantees:
 
 - Requests are handled in the order in which they came, each before the next one is looked at.
 - No descriptor that a client sent outlives the handling of its message, unless the device made its own
@@ -24,6 +24,7 @@ import logging
 import socket
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 
 import trio
 
@@ -41,6 +42,7 @@ from protocol.limits import (
 from protocol.quirks import Overrides, Quirk
 from server._answer import Terms
 from server._descriptors import close_all
+from server._dma import map_window, unmap_span
 from server._drain import Drain, Outcome
 from server._remote import Answered, ByMessage, InBandMemory, TwinMemory
 from server._resample import Resample
@@ -74,7 +76,13 @@ class Session:
         self._limits = limits or SessionLimits()
         self._engine = Connection(Role.SERVER, offer or Limits(max_dma_maps=MAX_DMA_MAPS), quirks)
         self._drain = Drain(
-            client.fileno(), function.region_read, function.region_write, self._failed, poll_us=poll_us
+            client.fileno(),
+            function.region_read,
+            function.region_write,
+            self._failed,
+            dma_map=self._dma_map if self._engine.limits.max_msg_fds else None,
+            dma_unmap=partial(unmap_span, function),
+            poll_us=poll_us,
         )
         self._wire = Wire(client, self._limits.send_deadline)
         self._events: deque[Event] = deque()
@@ -115,6 +123,7 @@ class Session:
                 self._function.dma.remote = None
         for event in self._events:
             close_all(event.fds)
+        close_all(self._drain.take()[1])
         close_all(self._engine.close())
         self._socket.close()
         if self._negotiated:
@@ -211,6 +220,9 @@ class Session:
                 raise ClientDroppedError(event.error)
             case _:
                 pass  # nothing is posted by a server, so there are no strays
+
+    def _dma_map(self, flags: int, offset: int, address: int, length: int, fd: int | None) -> None:
+        map_window(self._function, self._terms, flags, offset, address, length, fd)
 
     def _handle(self, request: Request) -> tuple[bytes, Sequence[int]]:
         try:

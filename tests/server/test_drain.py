@@ -2,7 +2,7 @@ import os
 import random
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,19 @@ from protocol import Connection, Negotiated, Refused, Request, Role
 from protocol.limits import RECEIVE_SIZE, SessionLimits
 from protocol.messages import RegionAccess
 from server._drain import Drain, Outcome
-from tests.server.raw import ERROR, GET_INFO, NO_REPLY, REGION_READ, REGION_WRITE, access, message, version
+from tests.server.raw import (
+    DMA_MAP,
+    DMA_UNMAP,
+    ERROR,
+    GET_INFO,
+    NO_REPLY,
+    REGION_READ,
+    REGION_WRITE,
+    access,
+    dma,
+    message,
+    version,
+)
 from tests.server.world import world
 
 MEMORY = 4096
@@ -161,18 +173,44 @@ def random_accesses(seed: int, count: int) -> list[bytes]:
     return messages
 
 
-async def replies_of_a_card(tmp_path: Path, messages: list[bytes], *, whole: bool, broken: bool) -> bytes:
+def random_windows(seed: int, count: int, memory: int) -> list[tuple[bytes, list[int]]]:
+    """DMA_MAP and DMA_UNMAP of few addresses, so that many meet, in order and not; some with descriptors."""
+    chance = random.Random(seed)
+    messages = []
+    for number in range(count):
+        address = chance.choice([0, 4096, 8192, 12288, 100, (1 << 64) - 4096])
+        size = chance.choice([4096, 4096, 4096, 8192, 0, 1, (1 << 64) - 4096, (1 << 64) - 1])
+        argsz = chance.choice([32, 32, 32, 40, 31, 0])
+        fds = [memory] * chance.choice([0, 0, 1, 1, 1, 2])
+        if chance.random() < 0.6:
+            offset = chance.choice([0, 4096, 1, 1 << 40, (1 << 64) - 4096])
+            payload = struct.pack(
+                "=IIQQQ", argsz, chance.choice([3, 3, 3, 1, 0, 4, 16]), offset, address, size
+            )
+            command = DMA_MAP
+        else:
+            payload = struct.pack("=IIQQ", argsz - 8 & 0xFF, chance.choice([0, 0, 0, 1, 2, 4]), address, size)
+            command = DMA_UNMAP
+        payload += chance.choice([b"", b"", b"", b"", b"x"])
+        flags = chance.choice([0, 0, 0, 0, NO_REPLY, ERROR, 0x40])
+        messages.append((message(command, payload, message_id=number, flags=flags), fds))
+    return messages
+
+
+async def replies_of_a_card(
+    tmp_path: Path, messages: Sequence[tuple[bytes, list[int]]], *, whole: bool, broken: bool = False
+) -> bytes:
     """All that a served card says; ``whole``: each request comes in one piece, so the drain may answer."""
     last = message(REGION_READ, access(0, 7, 4), message_id=0xFFFF)
     said = b""
     async with world(tmp_path, limits=SessionLimits(tellings=0)) as served:
         served.card.registers.broken = broken
         client = await served.client()
-        for request in [*messages, last]:
+        for request, fds in [*messages, (last, [])]:
             if not whole:
-                await client.send(request[:16])
+                await client.send(request[:16], fds)
                 await trio.testing.wait_all_tasks_blocked()
-            await client.send(request[0 if whole else 16 :])
+            await client.send(request[0 if whole else 16 :], fds if whole else ())
             await trio.testing.wait_all_tasks_blocked()
         answered = -1
         while answered != 0xFFFF:
@@ -189,10 +227,112 @@ async def replies_of_a_card(tmp_path: Path, messages: list[bytes], *, whole: boo
 async def test_a_card_answers_on_both_roads_with_the_same_bytes(
     tmp_path: Path, seed: int, broken: bool
 ) -> None:
-    messages = random_accesses(seed, 300)
+    messages = [(request, list[int]()) for request in random_accesses(seed, 300)]
     fast = await replies_of_a_card(tmp_path, messages, whole=True, broken=broken)
     slow = await replies_of_a_card(tmp_path, messages, whole=False, broken=broken)
     assert fast == slow
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_windows_come_and_go_on_both_roads_with_the_same_bytes(tmp_path: Path, seed: int) -> None:
+    memory = os.memfd_create("guest")
+    os.truncate(memory, 1 << 16)
+    messages = random_windows(seed, 400, memory)
+    fast = await replies_of_a_card(tmp_path, messages, whole=True)
+    slow = await replies_of_a_card(tmp_path, messages, whole=False)
+    os.close(memory)
+    assert fast == slow
+
+
+# --- DMA windows
+
+
+class Asked:
+    """What a drain asked for; a descriptor as whether it was open then."""
+
+    def __init__(self) -> None:
+        self.maps: list[tuple[int, int, int, int, bool]] = []
+        self.fds: list[int] = []
+        self.unmaps: list[tuple[int, int]] = []
+
+    def dma_map(self, flags: int, offset: int, address: int, length: int, fd: int | None) -> None:
+        """Note it, and refuse the window at 0."""
+        self.maps.append((flags, offset, address, length, fd is not None and os.fstat(fd).st_size == 0))
+        if fd is not None:
+            self.fds.append(fd)
+        if not address:
+            raise DeviceError(17, "there")
+
+    def dma_unmap(self, address: int, length: int) -> None:
+        """Note it."""
+        self.unmaps.append((address, length))
+
+
+def with_windows(ours: socket.socket) -> tuple[Drain, Asked]:
+    memory, asked = Memory(), Asked()
+    drain = Drain(
+        *(ours.fileno(), memory.read, memory.write, memory.failed),
+        dma_map=asked.dma_map,
+        dma_unmap=asked.dma_unmap,
+    )
+    drain.direct, drain.credit = True, 100
+    return drain, asked
+
+
+@pytest.mark.parametrize("address", [0, 0x1000])
+def test_a_window_is_mapped_without_the_engine_and_its_descriptor_closed(
+    pair: tuple[socket.socket, socket.socket], address: int
+) -> None:
+    ours, theirs = pair
+    drain, asked = with_windows(ours)
+    fd = os.memfd_create("guest")
+    socket.send_fds(theirs, [message(DMA_MAP, dma(address, 0x2000, offset=0x3000))], [fd])
+    os.close(fd)
+    assert drain.run() == Outcome.EMPTY
+    assert asked.maps == [(3, 0x3000, address, 0x2000, True)]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(asked.fds[0])
+    refused = not address
+    expected = struct.pack("=HHIII", 1, DMA_MAP, 16, 1 | ERROR * refused, 17 * refused)
+    assert theirs.recv(100) == expected
+
+
+def test_windows_without_descriptors_are_mapped_and_unmapped_in_turn(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    drain, asked = with_windows(ours)
+    span = struct.pack("=IIQQ", 64, 0, 0x1000, 0x2000)
+    theirs.send(message(DMA_MAP, dma(0x1000, 0x2000)) + message(DMA_UNMAP, span))
+    assert drain.run() == Outcome.EMPTY
+    assert (asked.maps, asked.unmaps) == ([(3, 0, 0x1000, 0x2000, False)], [(0x1000, 0x2000)])
+    assert theirs.recv(100)[16:] == message(DMA_UNMAP, struct.pack("=I", 24) + span[4:], flags=1)
+
+
+ODD_WINDOWS = {
+    "posted": message(DMA_MAP, dma(0x1000, 0x1000), flags=NO_REPLY),
+    "two messages": 2 * message(DMA_MAP, dma(0x1000, 0x1000)),
+    "half a message": message(DMA_MAP, dma(0x1000, 0x1000))[:40],
+    "another command": message(REGION_READ, access(0, 0, 4)),
+    "an unmapping": message(DMA_UNMAP, struct.pack("=IIQQ", 24, 0, 0x1000, 0x1000)),
+}
+
+
+@pytest.mark.parametrize("data", ODD_WINDOWS.values(), ids=ODD_WINDOWS)
+def test_what_a_descriptor_may_not_belong_to_is_the_engines_from_its_first_byte(
+    pair: tuple[socket.socket, socket.socket], data: bytes
+) -> None:
+    ours, theirs = pair
+    drain, asked = with_windows(ours)
+    fd = os.memfd_create("guest")
+    socket.send_fds(theirs, [data], [fd])
+    os.close(fd)
+    assert drain.run() == Outcome.OTHER
+    taken, fds, lost = drain.take()
+    assert (bytes(taken), len(fds), lost) == (data, 1, False)
+    os.close(fds[0])
+    assert not asked.maps
+    assert not asked.unmaps
 
 
 # --- outcomes
