@@ -5,14 +5,14 @@ A client may truncate a file that it shares: see _sigbus.h. What it has truncate
 """
 
 import errno
-import fcntl
 import os
-import stat
 
 from libc.errno cimport errno as c_errno
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
+from posix.fcntl cimport F_GETFL, fcntl
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
+from posix.stat cimport S_ISBLK, S_ISCHR, S_ISREG, fstat, struct_stat
 from posix.types cimport off_t
 
 from device.errors import DeviceError
@@ -61,24 +61,26 @@ cdef class SharedFiles:
         cdef int index = -1
         cdef uint64_t first = 0, length
         cdef void *start
+        cdef struct_stat info
+        cdef int access
+        cdef bint whole
         if not trionic_is_local(fd):
             self._refuse(fd)
-        try:
-            info = os.fstat(fd)
-            access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-        except OSError as error:
-            raise DeviceError(error.errno, f"the window's file descriptor: {error.strerror}") from None
+        access = fcntl(fd, F_GETFL)
+        if access < 0 or fstat(fd, &info) < 0:
+            raise DeviceError(c_errno, f"the window's file descriptor: {os.strerror(c_errno)}")
+        access &= os.O_ACCMODE
         if access == os.O_WRONLY or (writable and access != os.O_RDWR):
             raise DeviceError(
                 errno.EACCES, "the window's file descriptor does not allow the access the window promises")
-        whole = stat.S_ISREG(info.st_mode)
+        whole = S_ISREG(info.st_mode)
         if whole:
             length = info.st_size
             if size > length or offset > length - size:
                 raise DeviceError(
                     errno.EINVAL,
                     f"the window needs the file up to {offset + size:#x}; it ends at {length:#x}")
-        elif stat.S_ISCHR(info.st_mode) or stat.S_ISBLK(info.st_mode):
+        elif S_ISCHR(info.st_mode) or S_ISBLK(info.st_mode):
             first, length = offset, size        # a device file has no size to map whole
         else:
             raise DeviceError(
