@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,13 +13,13 @@ import pytest
 import trio
 
 import client
-from bench._servers import Server, compiled, libvfio_user_command
+from bench._servers import Server, libvfio_user_command
 from client.pci import read_config
 from protocol.quirks import Overrides, Quirk
 from protocol.vfio import DmaMapFlags, Feature, RegionFlags, RegionIndex
+from tests.client.lvu_device import lvu_device
 from tests.conftest import cannot
 from tests.peers.cache import PeerError
-from tests.peers.libvfio_user import libvfio_user
 
 PATIENCE = 20
 
@@ -35,11 +34,9 @@ def command() -> str:
 
 
 @pytest.fixture(scope="module")
-def dma_command(command: str) -> str:
-    """How to start the server that reaches memory by message; `command` has shown that one can be built."""
-    source = Path(__file__).with_name("lvu_dma_server.c")
-    program = compiled("lvu_dma_server", source, libvfio_user().compile_flags)
-    return f"{shlex.quote(str(program))} {{socket}}"
+def dma_command() -> str:
+    """How to start the device that reaches memory by message."""
+    return lvu_device()
 
 
 @asynccontextmanager

@@ -104,6 +104,8 @@ class Channel:
         self._tell.close()
 
     async def _take(self, line: str) -> None:
+        if self.restarting and line.endswith("?boot"):
+            line = "?boot"  # the reset may have cut off a line, which stands before it
         kind, (name, _, rest) = line[:1], line[1:].partition(" ")
         if kind == "@":
             self._tell.send_nowait((name, rest))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,17 +13,14 @@ import pytest
 import trio
 
 import client
-from bench._servers import compiled
 from client._eventfd import make_eventfd
 from client.irqchip import InterruptController, Intx, IntxMode, IntxRoute, open_intx
 from client.irqchip._requests import IntxRequests
 from client.irqchip.processor import open_processor
 from client.irqchip.userspace import UserspaceChip, open_ioapic, open_pic
 from protocol.vfio import IrqIndex, IrqInfoFlags, RegionIndex
+from tests.client.lvu_device import TRIGGER, TRIGGERED, lvu_device
 from tests.client.test_against_libvfio_user import session_with
-from tests.conftest import cannot
-from tests.peers.cache import PeerError
-from tests.peers.libvfio_user import libvfio_user
 
 INPUT = 10
 CHANGES = 50
@@ -33,12 +29,7 @@ CHANGES = 50
 @pytest.fixture(scope="module")
 def command() -> str:
     """How to start the device with a pin; building it needs Debian's archive once."""
-    source = Path(__file__).with_name("lvu_intx_server.c")
-    try:
-        program = compiled("lvu_intx_server", source, libvfio_user().compile_flags)
-    except PeerError as error:
-        cannot(f"libvfio-user cannot be had here: {error}")
-    return f"{shlex.quote(str(program))} {{socket}}"
+    return lvu_device()
 
 
 @dataclass
@@ -53,7 +44,7 @@ class Machine:
 
     async def fire(self, count: int = 1) -> None:
         """Let the device trigger its interrupt."""
-        await self.session.region_write(RegionIndex.BAR0, 0, struct.pack("=I", count))
+        await self.session.region_write(RegionIndex.BAR0, TRIGGER, struct.pack("=I", count))
 
     async def handled_since(self, before: int) -> None:
         """Until the handler has run."""
@@ -74,7 +65,8 @@ async def machine(command: str, path: Path) -> AsyncIterator[Machine]:
             async def handle() -> bool:
                 made.handled += 1
                 made.handling.set()
-                await client.Bar(made.session, RegionIndex.BAR0).read(4, 4)  # the end of the interrupt
+                # the end of the interrupt
+                await client.Bar(made.session, RegionIndex.BAR0).read(TRIGGERED, 4)
                 return True
 
             with cpu.handling(intx.line, handle):
@@ -110,7 +102,7 @@ async def test_every_interrupt_arrives_whatever_irqchip_there_is(command: str, t
             await made.controller.activate(made.chips[(number + 1) % 2])
             await made.handled_since(before)
         assert made.intx.failure is None
-        triggered = struct.unpack("=I", await made.session.region_read(RegionIndex.BAR0, 4, 4))[0]
+        triggered = struct.unpack("=I", await made.session.region_read(RegionIndex.BAR0, TRIGGERED, 4))[0]
         assert triggered == 2 * CHANGES
 
 

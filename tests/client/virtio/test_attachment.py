@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -167,18 +167,19 @@ async def test_a_driver_that_ends_leaves_nothing_in_the_irqchip() -> None:
     assert open_fds() == before
 
 
-async def test_a_card_that_is_left_while_it_does_not_answer_holds_up_no_processor() -> None:
+async def move_while_asked(isr: Callable[[NetDriver, client.Session], Awaitable[Isr]]) -> None:
+    """A card that is moved while its driver reads the ISR of the old one, which `isr` answers."""
     old, new = movable(), movable()
     new.origin = old
     async with machine() as host, session_with_nic(new) as second, plugged_in(old, host) as driver:
         await go_round(driver, range(5))
         asked = trio.Event()
 
-        async def hangs() -> Isr:
+        async def answer() -> Isr:
             asked.set()
-            await trio.sleep_forever()
+            return await isr(driver, second)
 
-        driver._attachment.transport.isr = hangs  # type: ignore[method-assign]
+        driver._attachment.transport.isr = answer  # type: ignore[method-assign]
         line = line_of(driver).line
         assert line is not None
         host.controller.assert_line(line, "somebody else")
@@ -186,30 +187,23 @@ async def test_a_card_that_is_left_while_it_does_not_answer_holds_up_no_processo
         await driver.migrate_to(second)
         host.controller.deassert_line(line, "somebody else")
         await go_round(driver, range(5, 10))
+
+
+async def test_a_card_that_is_left_while_it_does_not_answer_holds_up_no_processor() -> None:
+    async def hangs(driver: NetDriver, second: client.Session) -> Isr:
+        await trio.sleep_forever()
+
+    await move_while_asked(hangs)
 
 
 async def test_a_card_that_is_left_fails_no_driver_when_its_server_goes() -> None:
-    old, new = movable(), movable()
-    new.origin = old
-    async with machine() as host, session_with_nic(new) as second, plugged_in(old, host) as driver:
-        await go_round(driver, range(5))
-        asked = trio.Event()
+    async def goes(driver: NetDriver, second: client.Session) -> Isr:
+        with trio.CancelScope(shield=True):
+            while driver.session is not second:
+                await trio.lowlevel.checkpoint()
+        raise client.Disconnected("the server is gone")
 
-        async def goes() -> Isr:
-            asked.set()
-            with trio.CancelScope(shield=True):
-                while driver.session is not second:
-                    await trio.lowlevel.checkpoint()
-            raise client.Disconnected("the server is gone")
-
-        driver._attachment.transport.isr = goes  # type: ignore[method-assign]
-        line = line_of(driver).line
-        assert line is not None
-        host.controller.assert_line(line, "somebody else")
-        await asked.wait()
-        await driver.migrate_to(second)
-        host.controller.deassert_line(line, "somebody else")
-        await go_round(driver, range(5, 10))
+    await move_while_asked(goes)
 
 
 async def test_interrupts_of_others_on_the_line_are_not_counted() -> None:

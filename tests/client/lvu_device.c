@@ -1,11 +1,13 @@
 /*
- * A device of libvfio-user that reaches its client's memory by DMA_READ and DMA_WRITE alone, as told by registers.
+ * A device of libvfio-user with an interrupt pin, which reaches its client's memory by DMA_READ and DMA_WRITE alone, as
+ * told by registers.
  *
- *   lvu_dma_server SOCKET
+ *   lvu_device SOCKET
  *
  * BAR0, registers of 4 bytes: 0x00 and 0x04 an address (low, high), 0x08 a length of at most 1 MiB, 0x0c a command
- * (1: read client memory into 0x1000, 2: write it from there), 0x10 the errno that the command ended with. Writes of 4
- * bytes at 0x20 may go by an eventfd instead. Clients are served one after the other until SIGTERM.
+ * (1: read client memory into 0x1000, 2: write it from there), 0x10 the errno that the command ended with; a write to
+ * 0x14 triggers INTx so often, 0x18 counts the triggers that the library took. Writes of 4 bytes at 0x20 may go by an
+ * eventfd instead. Clients are served one after the other until SIGTERM.
  */
 #include <err.h>
 #include <errno.h>
@@ -19,7 +21,7 @@
 
 #include "libvfio-user.h"
 
-enum { COMMAND = 3, STATUS = 4, DOORBELL = 0x20, BUFFER = 0x1000, BAR0_SIZE = BUFFER + (1 << 20) };
+enum { COMMAND = 3, STATUS = 4, TRIGGER = 5, TRIGGERED = 6, DOORBELL = 0x20, BUFFER = 0x1000, BAR0_SIZE = BUFFER + (1 << 20) };
 
 static const char *socket_path;
 
@@ -63,6 +65,9 @@ static ssize_t access_bar0(vfu_ctx_t *ctx, char *buffer, size_t count, loff_t of
     memcpy((char *)registers + offset, buffer, count);
     if (offset == COMMAND * 4)
         registers[STATUS] = transfer(ctx, registers, registers[COMMAND] == 2);
+    for (; offset == TRIGGER * 4 && registers[TRIGGER] > 0; registers[TRIGGER]--)
+        if (vfu_irq_trigger(ctx, 0) == 0)
+            registers[TRIGGERED]++;
     return count;
 }
 
@@ -73,13 +78,16 @@ int main(int argc, char **argv)
     int doorbell = eventfd(0, EFD_NONBLOCK);
 
     if (argc != 2)
-        errx(2, "usage: lvu_dma_server SOCKET");
+        errx(2, "usage: lvu_device SOCKET");
     socket_path = argv[1];
     signal(SIGTERM, on_signal);
     ctx = vfu_create_ctx(VFU_TRANS_SOCK, socket_path, 0, registers, VFU_DEV_TYPE_PCI);
     if (ctx == NULL || vfu_pci_init(ctx, VFU_PCI_TYPE_CONVENTIONAL, PCI_HEADER_TYPE_NORMAL, 0) < 0)
         err(1, "%s", socket_path);
     vfu_pci_set_id(ctx, 0x1af4, 0x10f1, 0x1af4, 0x1100);
+    vfu_pci_get_config_space(ctx)->hdr.intr.ipin = 1;
+    if (vfu_setup_device_nr_irqs(ctx, VFU_DEV_INTX_IRQ, 1) < 0)
+        err(1, "vfu_setup_device_nr_irqs");
     if (vfu_setup_region(ctx, VFU_PCI_DEV_BAR0_REGION_IDX, BAR0_SIZE, access_bar0,
                          VFU_REGION_FLAG_RW | VFU_REGION_FLAG_MEM, NULL, 0, -1, 0) < 0)
         err(1, "vfu_setup_region");
