@@ -106,5 +106,9 @@ async def _rewire(card: Path, changes: int) -> Rewiring:
                         raise client.ClientError(f"the card fell silent after change {change + 1}")
                 await traffic.end()
                 nursery.cancel_scope.cancel()
+            for chip in (ioapic, pic):  # either may keep what a CPU had not taken when it was left
+                await controller.activate(chip)
+                while chip.asks:
+                    await trio.lowlevel.checkpoint()
             tally.count((pic, ioapic), line)
     return tally
