@@ -2,9 +2,10 @@
 """The hot half of a session: takes from the socket, answers what is frequent, leaves the rest to the engine.
 
 Frequent are register accesses, REGION_READ and REGION_WRITE of at most `MAX_COUNT` bytes, and with a virtual
-IOMMU, whose guest waits for each, DMA_MAP and plain DMA_UNMAP. One that lies whole in what one recvmsg gave is
-answered here, by the same rules as the protocol engine's and without its objects. Everything else, and everything that looks wrong in any way, goes from its first byte on to the engine, so
-there is one place only that refuses a message.
+IOMMU, whose guest waits for each, DMA_MAP and plain DMA_UNMAP. One that lies whole in what one recvmsg gave
+is answered here, by the same rules as the protocol engine's and without its objects. Everything else, and
+everything that looks wrong in any way, goes from its first byte on to the engine, so there is one place only
+that refuses a message.
 
 Nothing here blocks. At most one reply waits to be sent; until it is, nothing more is taken from the socket.
 
