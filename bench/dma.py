@@ -6,17 +6,15 @@
 from __future__ import annotations
 
 import array
-import json
 import os
 import random
 import shlex
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import _in_process
+from bench._reporting import report, require_both_cpus
 from bench._servers import DEFAULT_COMMAND, Server, dma_client, libvfio_user_dma_command, running
 from device.dma import PAGE_SIZE, PROT_DMA_READ, PROT_DMA_WRITE, DmaWindows
 from tests.peers.cache import PeerError
@@ -268,10 +267,6 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
-def _as_json(outcomes: Sequence[Outcome]) -> str:
-    return json.dumps([asdict(outcome) | {"met": outcome.met} for outcome in outcomes], indent=2)
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "-s",
@@ -317,8 +312,7 @@ def main(chosen: tuple[str, ...], rounds: int, server_command: str, as_json: boo
     """
     console = Console(stderr=True)
     outcomes: list[Outcome] = []
-    if {0, 1} - os.sched_getaffinity(0):
-        raise click.ClickException("this benchmark pins to CPUs 0 and 1, which this process may not both use")
+    require_both_cpus()
     try:
         with tempfile.TemporaryDirectory(prefix="bench-dma-") as directory:
             for scenario in SCENARIOS:
@@ -333,12 +327,7 @@ def main(chosen: tuple[str, ...], rounds: int, server_command: str, as_json: boo
                         outcomes.append(measure_copies(scenario, rounds))
     except PeerError as error:
         raise click.ClickException(str(error)) from error
-    if as_json:
-        print(_as_json(outcomes))
-    else:
-        Console().print(_table(outcomes))
-    if check and not all(outcome.met for outcome in outcomes):
-        sys.exit(1)
+    report(outcomes, _table, as_json=as_json, check=check)
 
 
 if __name__ == "__main__":

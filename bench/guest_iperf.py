@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -20,6 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from bench._reporting import report
 from bench._servers import DEFAULT_COMMAND, running
 from tests.guest import Card, GuestError, Network, RigError, boot, guest_root
 from tests.peers.cache import PeerError
@@ -204,12 +203,7 @@ def main(
         outcomes = trio.run(measure, scenarios, rounds, seconds, server_command, console)
     except (GuestError, RigError, PeerError) as error:
         raise click.ClickException(str(error)) from error
-    if as_json:
-        print(json.dumps([asdict(outcome) | {"met": outcome.met} for outcome in outcomes], indent=2))
-    else:
-        Console().print(_table(outcomes))
-    if check and not all(outcome.met for outcome in outcomes):
-        sys.exit(1)
+    report(outcomes, _table, as_json=as_json, check=check)
 
 
 if __name__ == "__main__":

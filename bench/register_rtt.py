@@ -6,16 +6,13 @@
 from __future__ import annotations
 
 import array
-import json
-import os
 import shlex
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +21,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from bench._reporting import report, require_both_cpus
 from bench._servers import DEFAULT_COMMAND, Server, busy, libvfio_user_command, register_client, running
 from tests.peers.cache import PeerError
 
@@ -223,10 +221,6 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
-def _as_json(outcomes: Sequence[Outcome]) -> str:
-    return json.dumps([asdict(outcome) | {"met": outcome.met} for outcome in outcomes], indent=2)
-
-
 NAMES = [scenario.name for scenario in SCENARIOS]
 
 
@@ -292,8 +286,7 @@ def main(
     names = chosen or (*NAMES, "listening")
     register = Register(region, offset, 4)
     outcomes: list[Outcome] = []
-    if {0, 1} - os.sched_getaffinity(0):
-        raise click.ClickException("this benchmark pins to CPUs 0 and 1, which this process may not both use")
+    require_both_cpus()
     try:
         with tempfile.TemporaryDirectory(prefix="register-rtt-") as directory:
             scratch = Path(directory)
@@ -309,12 +302,7 @@ def main(
                     outcomes.append(measure_listening(server_command, rounds, scratch))
     except PeerError as error:
         raise click.ClickException(str(error)) from error
-    if as_json:
-        print(_as_json(outcomes))
-    else:
-        Console().print(_table(outcomes))
-    if check and not all(outcome.met for outcome in outcomes):
-        sys.exit(1)
+    report(outcomes, _table, as_json=as_json, check=check)
 
 
 if __name__ == "__main__":
