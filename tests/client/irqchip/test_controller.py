@@ -26,6 +26,10 @@ def enabled(gsi: int) -> IntxRoute:
     return IntxRoute(IntxMode.ENABLED, gsi)
 
 
+async def nobody_is_told() -> None:
+    raise AssertionError("a change that was none")
+
+
 def test_the_first_irqchip_is_activated_and_lines_without_a_route_go_nowhere() -> None:
     journal: Journal = []
     controller = InterruptController(
@@ -97,21 +101,18 @@ async def test_levels_go_along_to_another_input(place: Place) -> None:
 
 
 async def test_the_irqchip_that_is_active_already_is_no_change(place: Place) -> None:
-    async def told() -> None:
-        raise AssertionError
-
-    with place.controller.irqchip_change.subscribed(told):
+    with place.controller.irqchip_change.subscribed(nobody_is_told):
         await place.controller.activate(place.xics)
     assert place.said() == []
 
 
 async def test_an_irqchip_that_cannot_be_activated_leaves_the_old_one_and_tells_nobody(place: Place) -> None:
-    async def told() -> None:
-        raise AssertionError
-
     place.controller.assert_line(0, "device")
     place.xive.refuses = {"activate"}
-    with place.controller.irqchip_change.subscribed(told), pytest.raises(IrqchipError, match="EBUSY"):
+    with (
+        place.controller.irqchip_change.subscribed(nobody_is_told),
+        pytest.raises(IrqchipError, match="EBUSY"),
+    ):
         await place.controller.activate(place.xive)
     assert place.controller.chip is place.xics
     assert place.xics.high == {5}
@@ -123,12 +124,12 @@ async def test_an_irqchip_that_cannot_be_activated_leaves_the_old_one_and_tells_
 
 
 async def test_an_irqchip_that_cannot_be_deactivated_stays_and_nobody_is_told(place: Place) -> None:
-    async def told() -> None:
-        raise AssertionError
-
     place.controller.assert_line(0, "device")
     place.xics.refuses = {"deactivate"}
-    with place.controller.irqchip_change.subscribed(told), pytest.raises(IrqchipError, match="EBUSY"):
+    with (
+        place.controller.irqchip_change.subscribed(nobody_is_told),
+        pytest.raises(IrqchipError, match="EBUSY"),
+    ):
         await place.controller.activate(place.xive)
     assert place.controller.chip is place.xics
     assert place.xics.high == {5}
@@ -169,13 +170,10 @@ async def test_a_level_that_is_refused_keeps_the_change_from_nobody(
 
 
 async def test_a_route_to_no_input_is_refused_before_anything_changes(place: Place) -> None:
-    async def told() -> None:
-        raise AssertionError
-
     place.controller.assert_line(0, "device")
     place.said()
     with (
-        place.controller.routing_change.subscribed(told),
+        place.controller.routing_change.subscribed(nobody_is_told),
         pytest.raises(IrqchipError, match="xics: a route to input 16") as refused,
     ):
         await place.controller.set_route(0, enabled(16))
