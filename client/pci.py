@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from functools import cached_property
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from client.errors import DeviceError
-from client.session import Session
 from protocol.vfio import RegionIndex
+
+if TYPE_CHECKING:
+    from client.session import Session
 
 HEADER_SIZE: Final = 64
 CONVENTIONAL_SIZE: Final = 256
@@ -285,7 +287,9 @@ async def read_config(session: Session) -> ConfigSpace:
     size = session.regions[index].size if index < len(session.regions) else 0
     if size == 0:
         raise DeviceError("the device has no configuration space")
-    return ConfigSpace(await session.region_read(index, 0, min(size, EXTENDED_SIZE)))
+    config = ConfigSpace(await session.region_read(index, 0, min(size, EXTENDED_SIZE)))
+    session.decoding.learn(config)
+    return config
 
 
 class PciControl:

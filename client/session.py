@@ -16,6 +16,7 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import outcome
@@ -24,6 +25,7 @@ import trio
 from client._answers import Twin, answer
 from client._socket import close_all
 from client._wire import Wire, gone
+from client.decoding import MemoryDecoding
 from client.errors import BadReplyError, ClientError, Disconnected, ServerError
 from client.io_fds import IoFds, ask_io_fds
 from client.iova import IovaSpace
@@ -59,7 +61,15 @@ from protocol.messages import (
     SetIrqs,
     WriteMulti,
 )
-from protocol.vfio import DmaMapFlags, DmaUnmapFlags, Feature, FeatureFlags, IrqSetFlags, RegionFlags
+from protocol.vfio import (
+    DmaMapFlags,
+    DmaUnmapFlags,
+    Feature,
+    FeatureFlags,
+    IrqSetFlags,
+    RegionFlags,
+    RegionIndex,
+)
 from protocol.write_multi import pack_writes
 
 if TYPE_CHECKING:
@@ -85,6 +95,8 @@ class Session:
         """What the server may reach by DMA_READ and DMA_WRITE."""
         self.trapping = Trapping()
         """Whether BARs may be accessed without messages, and who is told of those."""
+        self.decoding = MemoryDecoding(self)
+        """Whether the device answers at its BARs, and who must let go of them before it stops to."""
         self.wires = [Wire(sock, connection, self)]
         """The session's socket, and the one for the server's commands if there is one."""
         self._wire = self.wires[0]
@@ -153,7 +165,17 @@ class Session:
         return b"".join(pieces)
 
     async def region_write(self, index: int, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Write to a region by message and wait until the device has it; raises as `request` does."""
+        """Write to a region by message and wait until the device has it; raises as `request` does.
+
+        A write to configuration space that takes the BARs away leaves when nobody uses them any more.
+        """
+        if index == RegionIndex.CONFIG:
+            write = partial(self._write_all, index, offset, data)
+            await self.decoding.around_write(offset, bytes(data), write)
+        else:
+            await self._write_all(index, offset, data)
+
+    async def _write_all(self, index: int, offset: int, data: bytes | bytearray | memoryview) -> None:
         step = self.max_write
         for at in range(0, len(data), step):
             part = data[at : at + step]
@@ -304,8 +326,8 @@ class Session:
         await self.request(Command.DEVICE_SET_IRQS, body, data, fds, urgent=True)
 
     async def reset(self) -> None:
-        """DEVICE_RESET; may take the device arbitrarily long."""
-        await self.request(Command.DEVICE_RESET)
+        """DEVICE_RESET, which leaves when nobody uses the BARs; may take the device arbitrarily long."""
+        await self.decoding.around_reset(partial(self.request, Command.DEVICE_RESET))
 
     async def wait_end(self) -> Disconnected:
         """Until the session is over, for whatever reason; what a request would raise then."""
@@ -434,6 +456,7 @@ class Session:
         for task in waiting.values():
             trio.lowlevel.reschedule(task, outcome.Error(Disconnected(self._failure)))
         self.trapping.end()
+        self.decoding.end()
 
     def hang_up(self, reason: str) -> None:
         """End the session from this side, now; the server sees it, and has to let go of everything."""
