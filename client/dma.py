@@ -34,31 +34,26 @@ class DmaBuffer:
     view: memoryview
 
 
-class DmaMemory:
-    """A window of `size` bytes at `iova`, zeroed. Made by `dma_memory`.
-
-    The memfd of shared memory is sealed against changing its size: neither side can make the other's access
-    a SIGBUS. `fd` is None where the memory is not shared.
+class Arena:
+    """`view` is memory that the device reaches at `iova`; pieces of it are allocated. Somebody else maps and
+    unmaps it.
     """
 
-    def __init__(self, size: int, iova: int, *, shared: bool = True) -> None:
-        self.size = size
+    def __init__(self, view: memoryview, iova: int) -> None:
+        self.view = view
+        self.size = len(view)
         self.iova = iova
-        self.fd: int | None = None
-        if shared:
-            self.fd = os.memfd_create("dma", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            if self.fd is not None:
-                os.ftruncate(self.fd, size)
-                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
-            self._memory = mmap.mmap(-1 if self.fd is None else self.fd, size)
-        except BaseException:
-            if self.fd is not None:
-                os.close(self.fd)
-            raise
-        self.view = memoryview(self._memory)
         self._taken = 0
         self._given: list[memoryview] = []
+
+    @property
+    def present(self) -> bool:
+        """Whether the device reaches it now, and `view` is the same memory."""
+        return True
+
+    async def wait_gone(self) -> None:
+        """Until it is not present."""
+        await trio.sleep_forever()
 
     def allocate(self, size: int, *, align: int = 64) -> DmaBuffer:
         """The next free piece, aligned to a power of two; raises ClientError when the window is full.
@@ -79,12 +74,39 @@ class DmaMemory:
         self.view[:] = bytes(self.size)
 
     def close(self) -> None:
-        """Unmap here and release the views given out; the mapping lives on while somebody made others of
-        them.
-        """
+        """Release the views given out."""
         for view in (*self._given, self.view):
             with suppress(BufferError):
                 view.release()
+
+
+class DmaMemory(Arena):
+    """A window of `size` bytes at `iova`, zeroed. Made by `dma_memory`.
+
+    The memfd of shared memory is sealed against changing its size: neither side can make the other's access
+    a SIGBUS. `fd` is None where the memory is not shared.
+    """
+
+    def __init__(self, size: int, iova: int, *, shared: bool = True) -> None:
+        self.fd: int | None = None
+        if shared:
+            self.fd = os.memfd_create("dma", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            if self.fd is not None:
+                os.ftruncate(self.fd, size)
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+            self._memory = mmap.mmap(-1 if self.fd is None else self.fd, size)
+        except BaseException:
+            if self.fd is not None:
+                os.close(self.fd)
+            raise
+        super().__init__(memoryview(self._memory), iova)
+
+    def close(self) -> None:
+        """Unmap here and release the views given out; the mapping lives on while somebody made others of
+        them.
+        """
+        super().close()
         with suppress(BufferError):
             self._memory.close()
         if self.fd is not None:
