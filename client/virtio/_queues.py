@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from client.dma import DmaBuffer, DmaMemory
+from client.dma import Arena, DmaBuffer
 from client.errors import DeviceError
 from client.virtio import control
 from client.virtio._ring import ReceiveRing, Ring, TransmitRing, ring_layout
@@ -78,7 +78,7 @@ def rx_slot_size(features: Feature, slot_size: int, mtu: int | None) -> int:
 class Queues:
     """The memory of all queues. `make` gives the device fresh rings on it."""
 
-    def __init__(self, memory: DmaMemory, plan: QueuePlan) -> None:
+    def __init__(self, memory: Arena, plan: QueuePlan) -> None:
         self.plan = plan
         sizes = [size for size in (plan.rx_size, plan.tx_size, plan.ctrl_size) if size]
         self._rings = [memory.allocate(ring_layout(size)[0]) for size in sizes]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 import trio
 
 from client._nursery import background
-from client.dma import DmaMemory, dma_memory, mapped_in
+from client.dma import Arena, DmaMemory, dma_memory, mapped_in
 from client.errors import ClientError, DeviceError
 from client.irqchip import Intx
 from client.migration import MigrationReport, migrate
@@ -31,6 +31,7 @@ from client.virtio._attachment import Attachment, Listener, Slot, Wiring, quietl
 from client.virtio._queues import CTRL, RX, TX, QueuePlan, Queues, plan_queues
 from client.virtio._ring import ReceiveRing, TransmitRing
 from client.virtio._signal import Signal
+from client.virtio.config import read_net_config
 from client.virtio.control import Command, ControlQueue, Kind, RxMode, mac_table
 from client.virtio.features import PLAIN, REQUIRED, Feature, usable
 from client.virtio.header import NetHeader
@@ -43,12 +44,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 AnyRing = TypeVar("AnyRing", ReceiveRing, TransmitRing)
 
-CONFIG_SIZE: Final = 12
-"""Bytes of the device configuration up to the MTU (virtio 1.3, 5.1.4)."""
-
-LINK_UP: Final = 1
-ANNOUNCE: Final = 2
-"""Bits of the configuration's status."""
+MEMORY_GONE: Final = "the memory of the driver's queues was taken away"
 
 
 @dataclass(slots=True)
@@ -71,7 +67,7 @@ class NetDriver:
     def __init__(
         self,
         attachment: Attachment,
-        memory: DmaMemory,
+        memory: Arena,
         plan: QueuePlan,
         features: Feature,
         nursery: trio.Nursery,
@@ -96,6 +92,7 @@ class NetDriver:
         self._failure: ClientError | None = ClientError("the driver is not started")
         self._changing = trio.Lock()
         self._listen()
+        nursery.start_soon(self._watch_memory)
 
     # frames
 
@@ -227,6 +224,8 @@ class NetDriver:
         fail.
         """
         async with self._changing:
+            if not self.memory.present:
+                raise DeviceError(MEMORY_GONE)
             self._stop(ClientError("the device is being reset"))
             await self._start()
 
@@ -252,9 +251,9 @@ class NetDriver:
 
     async def share_with(self, session: Session) -> None:
         """Map the driver's memory in another session too, at the same addresses, until `open_net` ends;
-        raises as `dma_memory` does.
+        raises as `dma_memory` does. Memory that is the caller's is his to map.
         """
-        if session in self._shares:
+        if session in self._shares or not isinstance(self.memory, DmaMemory):
             return
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(mapped_in(session, self.memory))
@@ -359,15 +358,14 @@ class NetDriver:
         self._wake_all()
 
     async def _read_config(self) -> None:
-        data = (await self._attachment.transport.device_config(CONFIG_SIZE)).ljust(CONFIG_SIZE, b"\0")
-        status, _, mtu = struct.unpack_from("<HHH", data, 6)
+        config = await read_net_config(self._attachment.transport)
         if Feature.MAC in self.features:
-            self.mac = data[:6]
+            self.mac = config.mac
         if Feature.MTU in self.features:
-            self.mtu = mtu
+            self.mtu = config.mtu
         if Feature.STATUS in self.features:
-            self.link_up = bool(status & LINK_UP)
-        if Feature.GUEST_ANNOUNCE in self.features and status & ANNOUNCE and self._control is not None:
+            self.link_up = config.link_up
+        if Feature.GUEST_ANNOUNCE in self.features and config.announce and self._control is not None:
             self._control.post(Command.ANNOUNCED)
 
     # interrupts
@@ -432,10 +430,18 @@ class NetDriver:
             return function(*args, **kwargs)
         except DeviceError as error:
             self._fail(error)
+            if not self.memory.present:
+                self._check()
             raise
 
+    async def _watch_memory(self) -> None:
+        while True:
+            await self.memory.wait_gone()
+            self._fail(DeviceError(MEMORY_GONE))
+            await self.memory.wait_present()
+
     def _fail(self, error: ClientError) -> None:
-        self._failure = self._failure or error
+        self._failure = self._failure or (error if self.memory.present else DeviceError(MEMORY_GONE))
         if self._control is not None:
             self._control.abandon()
         self._wake_all()
@@ -460,15 +466,17 @@ async def open_net(
     slot_size: int = 2048,
     doorbells: Doorbells = "mapped",
     shared: bool = True,
+    memory: Arena | None = None,
 ) -> AsyncIterator[NetDriver]:
-    """Find the card behind a session, start it and drive it until the block ends.
+    """Find the card behind a session, start it and drive it until the block ends. With `slot` its INTx goes
+    through the irqchip of a machine (`client.irqchip`), else straight to the driver.
 
-    With `slot` its INTx goes through the irqchip of a machine (`client.irqchip`), else straight to the
-    driver.
     `features` are those to take if offered; `queue_size` is the most descriptors of a queue, `slot_size`
     the bytes of one buffer; `doorbells` says how queues are notified, and `shared` whether the card may map
-    their memory or reaches it by messages alone. Raises DeviceError if it is no modern virtio network card
-    or lacks the interrupts or doorbells, ServerError if the server refuses something.
+    their memory or reaches it by messages alone. `memory` is the caller's, to be used instead: it stays
+    his. If it is taken away meanwhile the driver fails, and `reset` starts it anew when it is back.
+    Raises DeviceError if it is no modern virtio network card or lacks the interrupts or doorbells,
+    ServerError if the server refuses something, ClientError if `memory` is too small.
     """
     async with AsyncExitStack() as stack:
         attachment = await Attachment.open(session, wiring, doorbells, slot)
@@ -478,10 +486,10 @@ async def open_net(
         taken = usable(await transport.offered_features() & features)
         if REQUIRED not in taken:
             raise DeviceError("the device does not offer VERSION_1: it is a legacy one")
-        raw = (await transport.device_config(CONFIG_SIZE)).ljust(CONFIG_SIZE, b"\0")
-        mtu = struct.unpack_from("<H", raw, 10)[0] if Feature.MTU in taken else None
+        mtu = (await read_net_config(transport)).mtu if Feature.MTU in taken else None
         plan = await plan_queues(transport, taken, queue_size, slot_size, mtu)
-        memory = await stack.enter_async_context(dma_memory(session, plan.memory, shared=shared))
+        if memory is None:
+            memory = await stack.enter_async_context(dma_memory(session, plan.memory, shared=shared))
         nursery = await stack.enter_async_context(background())
         await attachment.wire(3 if plan.ctrl_size else 2, nursery)
         driver = NetDriver(attachment, memory, plan, taken, nursery)
