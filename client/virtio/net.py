@@ -473,8 +473,8 @@ async def open_net(
 
     `features` are those to take if offered; `queue_size` is the most descriptors of a queue, `slot_size`
     the bytes of one buffer; `doorbells` says how queues are notified, and `shared` whether the card may map
-    their memory or reaches it by messages alone. `memory` is the caller's, to be used instead: it stays
-    his. If it is taken away meanwhile the driver fails, and `reset` starts it anew when it is back.
+    their memory or reaches it by messages alone. `memory` is used instead if given (the defaults need 1.1
+    MiB), and stays the caller's: when it is taken away the driver fails, and `reset` works when it is back.
     Raises DeviceError if it is no modern virtio network card or lacks the interrupts or doorbells,
     ServerError if the server refuses something, ClientError if `memory` is too small.
     """
@@ -493,8 +493,6 @@ async def open_net(
         nursery = await stack.enter_async_context(background())
         await attachment.wire(3 if plan.ctrl_size else 2, nursery)
         driver = NetDriver(attachment, memory, plan, taken, nursery)
-        try:
-            await driver.reset()
-            yield driver
-        finally:
-            await driver.stop()
+        stack.push_async_callback(driver.stop)
+        await driver.reset()
+        yield driver
