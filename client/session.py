@@ -44,7 +44,7 @@ from protocol import (
     Reply,
     Request,
 )
-from protocol.commands import SHAPES
+from protocol.commands import SHAPES, may_carry_fds
 from protocol.limits import (
     MAX_OUTSTANDING,
     MAX_QUEUED,
@@ -306,6 +306,7 @@ class Session:
     async def _feature(self, feature: Feature, flags: FeatureFlags, data: bytes, room: int) -> bytes:
         body = DeviceFeature(DeviceFeature.size + room, FeatureFlags(flags | feature))
         reply = await self.request(Command.DEVICE_FEATURE, body, data)
+        close_all(reply.fds)
         if len(reply.data) > room:
             raise BadReplyError(reply.command, f"{len(reply.data)} bytes of {feature.name}, {room} asked for")
         return reply.data
@@ -397,7 +398,7 @@ class Session:
     def handle(self, event: Event) -> None:
         """Do what one event asks for."""
         match event:
-            case Reply() if event.fds and not SHAPES[event.command].reply.fds:
+            case Reply() if event.fds and not may_carry_fds(SHAPES[event.command].reply, event.body):
                 error: ClientError = BadReplyError(event.command, f"{len(event.fds)} descriptors come along")
                 self._wake(event.message_id, event.command, outcome.Error(error))
             case Reply():

@@ -8,7 +8,7 @@ from errno import EINVAL
 from typing import TYPE_CHECKING
 
 from protocol._fields import Record
-from protocol.commands import SHAPES, Command, Part, Shape, Tail
+from protocol.commands import SHAPES, Command, Part, Shape, Tail, may_carry_fds
 from protocol.errors import LocalProtocolError
 from protocol.events import Refused, Request
 from protocol.limits import SMALL_REPLY
@@ -28,8 +28,8 @@ def encode(
     if type(body) is not (part.record or type(None)):
         wanted = part.record.__name__ if part.record else "nothing"
         raise LocalProtocolError(EINVAL, f"{name} takes {wanted}, not {body!r}")
-    if fds and (not part.fds or len(fds) > max_fds):
-        most = max_fds if part.fds else 0
+    most = max_fds if may_carry_fds(part, body) else 0
+    if len(fds) > most:
         raise LocalProtocolError(EINVAL, f"{name} with {len(fds)} descriptors, {most} at most")
     try:
         content = body.encode() + data if body is not None else bytes(data)

@@ -22,6 +22,7 @@ from protocol.messages import (
     Version,
     WriteMulti,
 )
+from protocol.vfio import Feature, FeatureFlags
 
 
 class Role(Enum):
@@ -68,8 +69,8 @@ class Tail(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One direction of a command: its record (None: an empty message), what may follow, and how many
-    descriptors come along.
+    """One direction of a command: its record (None: an empty message), what may follow, and whether
+    descriptors may come along (see `may_carry_fds`).
     """
 
     record: type[Record] | None = None
@@ -126,10 +127,22 @@ SHAPES: Final[dict[int, Shape]] = _table(
     Shape(Command.DMA_WRITE, _S, Part(DmaAccess, Tail.DATA), Part(DmaAccess)),
     Shape(Command.DEVICE_RESET, _C, EMPTY),
     Shape(Command.REGION_WRITE_MULTI, _C, Part(WriteMulti, Tail.DATA), Part(WriteMulti)),
-    Shape(Command.DEVICE_FEATURE, _C, Part(DeviceFeature, Tail.DATA), Part(DeviceFeature, Tail.DATA)),
+    Shape(
+        Command.DEVICE_FEATURE,
+        _C,
+        Part(DeviceFeature, Tail.DATA),
+        Part(DeviceFeature, Tail.DATA, fds=True),
+    ),
     Shape(Command.MIG_DATA_READ, _C, Part(MigData, Tail.IGNORED), Part(MigData, Tail.DATA)),
     Shape(Command.MIG_DATA_WRITE, _C, Part(MigData, Tail.DATA)),
 )
+
+
+def may_carry_fds(part: Part, body: Record | None) -> bool:
+    """Whether descriptors may come along with `body`: of the features, an exported BAR alone is one."""
+    if isinstance(body, DeviceFeature):
+        return part.fds and int(body.flags) == FeatureFlags.GET | Feature.DMA_BUF
+    return part.fds
 
 
 def command_name(number: int) -> str:

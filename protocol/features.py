@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from errno import EINVAL
 from typing import Final
 
+from protocol.dma_buf import parse_dma_buf
 from protocol.errors import RemoteProtocolError
 from protocol.limits import ADDRESS_SPACE, MAX_LOGGED_RANGES
 from protocol.messages import (
@@ -97,6 +98,8 @@ def _got(feature: int, data: bytes, most: int) -> int | str:
         return FeatureMigration.size
     if feature == Feature.MIG_DEVICE_STATE:
         return FeatureMigState.size
+    if feature == Feature.DMA_BUF:
+        return _exported(data)
     if feature != Feature.DMA_LOGGING_REPORT:
         return 0
     if len(data) < DmaLoggingReport.size:
@@ -104,6 +107,14 @@ def _got(feature: int, data: bytes, most: int) -> int | str:
     report = DmaLoggingReport.decode(data)
     reason = check_bitmap(report.iova, report.length, report.page_size, most)
     return reason or DmaLoggingReport.size + bitmap_size(report.length, report.page_size)
+
+
+def _exported(data: bytes) -> int | str:
+    try:
+        parse_dma_buf(data)
+    except RemoteProtocolError as error:
+        return error.reason
+    return len(data)
 
 
 def check_bitmap(iova: int, length: int, page_size: int, most: int) -> str | None:
@@ -140,6 +151,8 @@ def check_feature_reply(asked: DeviceFeature, sent: bytes, body: DeviceFeature, 
     head = sent[: DmaLoggingReport.size]
     if asked.feature == Feature.DMA_LOGGING_REPORT and data[: DmaLoggingReport.size] != head:
         return "DMA_LOGGING_REPORT answered for another span"
+    if asked.feature == Feature.DMA_BUF and data != sent:
+        return "DMA_BUF answered for another part of a BAR"
     return None
 
 

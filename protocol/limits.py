@@ -74,6 +74,11 @@ MAX_IO_FDS: Final = 512
 MAX_LOGGED_RANGES: Final = 256
 """Ranges in one DMA_LOGGING_START: the kernel's own limit (drivers/vfio/vfio_main.c, LOG_MAX_RANGES)."""
 
+MAX_DMA_BUF_RANGES: Final = 254
+"""Ranges in one export of a BAR: so many fit into a SMALL_REPLY, which repeats them. The kernel takes as many
+as it has memory for; a receiver would make a DMA window of each.
+"""
+
 MAX_MESSAGE_HEAD: Final = 40
 """Bytes that stand before bulk data in the longest case: DMA_UNMAP with the record of its dirty bitmap."""
 

@@ -308,6 +308,27 @@ class DmaLoggingReport(Record):
     page_size: U64
 
 
+@record(size=16)
+class DmaBuf(Record):
+    """Data of Feature.DMA_BUF, repeated in the reply to GET, which brings one descriptor along: a part of a
+    BAR to be shared (linux/vfio.h, struct vfio_device_feature_dma_buf). `nr_ranges` ranges follow;
+    `open_flags` are those of the descriptor that the kernel makes.
+    """
+
+    region_index: U32
+    open_flags: U32
+    flags: U32
+    nr_ranges: U32
+
+
+@record(size=16)
+class DmaBufRange(Record):
+    """Bytes from the region's start, bytes long."""
+
+    offset: U64
+    length: U64
+
+
 @record(size=8)
 class MigData(Record):
     """VFIO_USER_MIG_DATA_READ and MIG_DATA_WRITE: `length` bytes follow in a read reply and a write

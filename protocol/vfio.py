@@ -130,13 +130,16 @@ class FeatureFlags(IntFlag):
 
 
 class Feature(IntEnum):
-    """VFIO_DEVICE_FEATURE_*: those that vfio-user has (spec, "Device Features")."""
+    """VFIO_DEVICE_FEATURE_*: those that vfio-user has (spec, "Device Features"), and DMA_BUF, which only the
+    kernel has.
+    """
 
     MIGRATION = 1
     MIG_DEVICE_STATE = 2
     DMA_LOGGING_START = 6
     DMA_LOGGING_STOP = 7
     DMA_LOGGING_REPORT = 8
+    DMA_BUF = 11
 
 
 class MigrationFlags(IntFlag):

@@ -18,6 +18,8 @@ from protocol.messages import (
     DeviceFeature,
     DeviceInfo,
     DmaAccess,
+    DmaBuf,
+    DmaBufRange,
     DmaLoggingControl,
     DmaLoggingRange,
     DmaLoggingReport,
@@ -133,6 +135,8 @@ WITNESSES: list[tuple[Record, bytes]] = [
         DmaLoggingReport(0x8000_0000, 0x10_0000, 0x1000),
         little("0000008000000000 0000100000000000 0010000000000000"),
     ),
+    (DmaBuf(2, 0o2000002, 0, 1), little("02000000 02000800 00000000 01000000")),
+    (DmaBufRange(0x3000, 0x2_0000_0000), little("0030000000000000 0000000002000000")),
     (MigData(72, 64), little("48000000 40000000")),
 ]
 
