@@ -224,6 +224,11 @@ BUSY_RETRY: Final = 0.01
 UNMAP_TIMEOUT: Final = 2.0
 """Seconds that a server gets to let go of a window when its block ends by an exception or a cancellation."""
 
+REVOKE_TIMEOUT: Final = 2.0
+"""Seconds that importers get to let go of an exported BAR when its block ends by an exception or a
+cancellation.
+"""
+
 DISABLE_TIMEOUT: Final = 2.0
 """Seconds that a server gets to let go of the eventfds when their block ends by an exception or a
 cancellation.
