@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from errno import EINVAL, ENOTTY
+from errno import EINVAL, ENOTTY, EOPNOTSUPP
 from typing import Final
 
 from device.errors import DeviceError
@@ -17,6 +17,7 @@ from protocol.messages import DeviceFeature, FeatureMigration, FeatureMigState, 
 from protocol.vfio import Feature, FeatureFlags, MigrationFlags
 from server._answer import Answer, Terms
 from server._dma import report_logging, start_logging, stop_logging
+from server._export import export_bar
 
 __all__ = ["device_feature", "mig_data_read", "mig_data_write"]
 
@@ -25,11 +26,15 @@ _Method = Callable[[PciFunction, bytes], bytes]
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """How a feature is got and set, data of the request to data of the reply; None: it cannot be."""
+    """How a feature is got and set, data of the request to data of the reply; None: it cannot be.
+
+    A feature with `export` is got by sending the descriptor that this gives; the reply repeats the data.
+    """
 
     get: _Method | None = None
     set: _Method | None = None
     of_migration: bool = False
+    export: Callable[[PciFunction, bytes], int] | None = None
 
 
 def device_feature(function: PciFunction, request: Request, body: DeviceFeature, terms: Terms) -> Answer:
@@ -37,16 +42,23 @@ def device_feature(function: PciFunction, request: Request, body: DeviceFeature,
     row = _FEATURES.get(body.feature)
     if row is None or (row.of_migration and function.migration is None):
         raise DeviceError(ENOTTY, f"there is no feature {body.feature}")
-    for flag, method in ((FeatureFlags.GET, row.get), (FeatureFlags.SET, row.set)):
+    if row.export is not None and terms.fds == 0:
+        raise DeviceError(EOPNOTSUPP, "the client takes no descriptors")
+    for flag, method in ((FeatureFlags.GET, row.get or row.export), (FeatureFlags.SET, row.set)):
         if body.flags & flag and method is None:
             raise DeviceError(EINVAL, f"feature {body.feature} has no {flag.name}")
     if body.flags & FeatureFlags.PROBE:
         return Answer(body, request.data)
     if body.flags & FeatureFlags.SET and row.set is not None:
         return Answer(body, row.set(function, request.data))
+    if row.export is not None:
+        return _got(body, request.data, row.export(function, request.data))
     assert row.get is not None
-    data = row.get(function, request.data)
-    return Answer(replace(body, argsz=DeviceFeature.size + len(data)), data)
+    return _got(body, row.get(function, request.data))
+
+
+def _got(body: DeviceFeature, data: bytes, *fds: int) -> Answer:
+    return Answer(replace(body, argsz=DeviceFeature.size + len(data)), data, fds)
 
 
 def _migration(function: PciFunction) -> Migration:
@@ -74,6 +86,7 @@ _FEATURES: Final[dict[int, _Row]] = {
     Feature.DMA_LOGGING_START: _Row(set=start_logging),
     Feature.DMA_LOGGING_STOP: _Row(set=stop_logging),
     Feature.DMA_LOGGING_REPORT: _Row(get=report_logging),
+    Feature.DMA_BUF: _Row(export=export_bar),
 }
 
 
