@@ -7,17 +7,13 @@ one that is refused has moved nothing.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from errno import EACCES, EFAULT
-from operator import attrgetter
-from typing import Final
 
+from client._spans import Spans
 from client.errors import ClientError
 from protocol.vfio import DmaMapFlags
-
-_BY_START: Final = attrgetter("iova")
 
 
 class WindowError(ClientError):
@@ -51,7 +47,7 @@ class Windows:
     """The windows of one session, those whose DMA_MAP is under way included."""
 
     def __init__(self) -> None:
-        self._windows: list[Window] = []
+        self._windows: Spans[Window] = Spans()
         self._written: set[int] | None = None
         self.log_page_size = 1
         """Bytes of a page of the log, see `log_writes`."""
@@ -61,16 +57,13 @@ class Windows:
 
     def __iter__(self) -> Iterator[Window]:
         """In the order of their addresses."""
-        return iter(tuple(self._windows))
+        return iter(self._windows)
 
     def __contains__(self, place: tuple[int, int]) -> bool:
         """Whether there is a window with exactly this address and size."""
-        return self._find(*place) is not None
-
-    def _find(self, iova: int, size: int) -> int | None:
-        at = bisect_left(self._windows, iova, key=_BY_START)
-        exact = at < len(self._windows) and (self._windows[at].iova, self._windows[at].size) == (iova, size)
-        return at if exact else None
+        iova, size = place
+        window = self._windows.get(iova)
+        return window is not None and window.size == size
 
     def add(self, window: Window) -> None:
         """Raises ClientError if it is empty, overlaps another, or its view cannot be what it says."""
@@ -81,17 +74,15 @@ class Windows:
             raise ClientError(f"the view of a DMA window of {window.size} bytes is not as many bytes")
         if view is not None and view.readonly and DmaMapFlags.WRITE in window.flags:
             raise ClientError("a DMA window that the device may write has a read-only view")
-        at = bisect_left(self._windows, window.iova, key=_BY_START)
-        for other in self._windows[max(0, at - 1) : at + 1]:
-            if window.iova < other.end and other.iova < window.end:
-                raise ClientError(f"DMA window {window.iova:#x}+{window.size:#x} overlaps another")
-        self._windows.insert(at, window)
+        try:
+            self._windows.add(window.iova, window.end, window)
+        except ValueError:
+            raise ClientError(f"DMA window {window.iova:#x}+{window.size:#x} overlaps another") from None
 
     def remove(self, iova: int, size: int) -> None:
         """Forget a window; nothing happens if there is none exactly there."""
-        at = self._find(iova, size)
-        if at is not None:
-            del self._windows[at]
+        if (iova, size) in self:
+            self._windows.remove(iova)
 
     def read(self, address: int, count: int) -> bytes:
         """What the device gets to read there; raises WindowError."""
@@ -110,12 +101,12 @@ class Windows:
 
     def _resolve(self, address: int, count: int, wanted: DmaMapFlags) -> list[memoryview]:
         parts = []
-        at = bisect_right(self._windows, address, key=_BY_START) - 1
         position, end = address, address + count
         while position < end:
-            window = self._windows[at] if 0 <= at < len(self._windows) else None
-            if window is None or not window.iova <= position < window.end:
+            found = self._windows.find(position)
+            if found is None:
                 raise WindowError(EFAULT, f"{address:#x}+{count:#x} is not mapped at {position:#x}")
+            window = found[2]
             if wanted not in window.flags:
                 raise WindowError(EACCES, f"{address:#x}+{count:#x} is mapped without {wanted.name}")
             if window.view is None:
@@ -125,7 +116,7 @@ class Windows:
                 parts.append(window.view[position - window.iova : stop - window.iova])
             except ValueError:  # the owner released it
                 raise WindowError(EFAULT, f"the memory at {position:#x} is gone") from None
-            position, at = stop, at + 1
+            position = stop
         return parts
 
     # writes by message are this side's to log: the device only sees a message leave

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from errno import EACCES, EFAULT
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 import client
 from client.windows import Window, WindowError, Windows
+from protocol.limits import MAX_DMA_MAPS
 from protocol.vfio import DmaMapFlags
 
 BOTH = DmaMapFlags.READ | DmaMapFlags.WRITE
@@ -132,6 +134,18 @@ def test_only_the_very_window_is_removed() -> None:
     windows.remove(0x1000, 16)
     assert len(windows) == 0
     assert (0x1000, 16) not in windows
+
+
+def test_262144_windows_come_and_go_in_any_order() -> None:
+    windows = Windows()
+    addresses = [0x1000_0000 + number * 4096 for number in range(MAX_DMA_MAPS)]
+    shuffled = random.Random(5).sample(addresses, len(addresses))
+    for iova in shuffled:
+        windows.add(Window(iova, 4096, BOTH))
+    assert [one.iova for one in windows] == addresses
+    for iova in shuffled[:-1]:
+        windows.remove(iova, 4096)
+    assert [one.iova for one in windows] == shuffled[-1:]
 
 
 def test_written_pages_are_told_once() -> None:
