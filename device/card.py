@@ -31,6 +31,7 @@ from device.pci.capabilities import (
     VirtioNotify,
     VirtioPciCfgAccess,
 )
+from device.pci.revocation import Revocation
 from device.virtio._split import VirtQueue
 from device.virtio.moving import TransportState
 from device.virtio.net import CONFIG_SIZE
@@ -57,7 +58,8 @@ DEFAULT_BAR2_SIZE = 16 << 20
 class NetworkCard:
     """A PCI function and its virtio transport, for `model` to give it life.
 
-    Without `msix` the card has MSI and INTx only, of which virtio drivers use INTx.
+    Without `msix` the card has MSI and INTx only, of which virtio drivers use INTx. `revocation` says what
+    takes mappings of its memory away.
     """
 
     def __init__(
@@ -68,10 +70,11 @@ class NetworkCard:
         bar2_size: int = DEFAULT_BAR2_SIZE,
         queue_size: int = DEFAULT_QUEUE_SIZE,
         msix: bool = True,
+        revocation: Revocation = Revocation.COOPERATIVE,
     ) -> None:
         dma = DmaWindows()
         bar0 = Bar(0, BAR0_SIZE)
-        self.memory = MemoryBar(2, bar2_size, sealed=True)
+        self.memory = MemoryBar(2, bar2_size, revocation=revocation)
         self.function = PciFunction(
             name,
             IFC_VF,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import TYPE_CHECKING
@@ -23,9 +24,10 @@ from device.interrupts.kinds import IrqFlags, IrqIndex, IrqKind
 from device.pci.bars import Bar, BarKind, Handler
 from device.pci.capabilities import Capability, Msi, Msix, PowerManagement
 from device.pci.capabilities.base import arrange, place_all
-from device.pci.capabilities.pm import D0
+from device.pci.capabilities.pm import D0, PmControl
 from device.pci.config_space import CONFIG_SIZE, Command, ConfigSpace, Identity, Status
 from device.pci.memory_bar import MemoryBar
+from device.pci.revocation import Revocation
 
 if TYPE_CHECKING:
     from device.migration.migration import Migration
@@ -45,6 +47,7 @@ __all__ = [
     "Region",
     "RegionIndex",
     "ResetKind",
+    "Revocation",
 ]
 
 log = logging.getLogger(__name__)
@@ -78,7 +81,7 @@ class RegionIndex(IntEnum):
 class Region:
     """`size` bytes the host may access; 0 when absent.
 
-    `mmap_areas` (offset, size) of `fd` may be mapped, whole pages each.
+    `mmap_areas` (offset, size) of `fd` may be mapped, whole pages each but where the region is less than one.
     """
 
     size: int
@@ -111,10 +114,15 @@ def _nothing(*_what: object) -> None:
 class PciFunction:
     """A function named `name`, made of `bars` and `capabilities` (listed in that order).
 
-    The interrupt pin 0 means no INTx.
+    The interrupt pin 0 means no INTx. Without `command_memory` BARs are decoded whatever COMMAND.MEMORY says,
+    as those of a virtual function are (PCI Express Base 5.0, 9.3.4.1.3).
 
     ValueError when the parts do not fit together: BARs that overlap, capabilities beyond 256 bytes,
-    structures outside their BAR.
+    structures outside their BAR, memory BARs with different ways of revocation.
+
+    While the function does not decode its BARs and memory BARs enforce that, region accesses to any BAR are
+    refused with EIO, as the kernel does (drivers/vfio/pci/vfio_pci_rdwr.c); else they do not ask. Doorbells
+    by eventfd are heard in any case: they only make a card look at queues, which it may do at any time.
 
     Hooks, all called with the gate held: `on_reset(kind)` before anything else changes, so that the card can
     stop its workers' queues; `on_bus_master(enabled)` when software allows or forbids the function to do DMA:
@@ -134,6 +142,7 @@ class PciFunction:
         capabilities: Iterable[Capability] = (),
         interrupt_pin: int = 1,
         dma: DmaWindows | None = None,
+        command_memory: bool = True,
     ) -> None:
         self.name = name
         self.gate = Gate()
@@ -159,6 +168,12 @@ class PciFunction:
             msi=max((part.vectors for part in self.capabilities if isinstance(part, Msi)), default=0),
             msix=max((part.vectors for part in self.capabilities if isinstance(part, Msix)), default=0),
         )
+        self._command_memory = command_memory
+        self._memory = [bar for bar in bars if isinstance(bar, MemoryBar)]
+        if len({bar.revocation for bar in self._memory}) > 1:
+            raise ValueError("memory BARs of one function have one way of revocation")
+        self._enforced = any(bar.revocation is Revocation.ENFORCED for bar in self._memory)
+        self._silent = False
         self._power = next((part for part in self.capabilities if isinstance(part, PowerManagement)), None)
         for bar in bars:
             if isinstance(bar, Bar):
@@ -167,6 +182,8 @@ class PciFunction:
             part.connect(self)
         self.config.before_read(ConfigSpace.STATUS, Status.SIZE, self._show_status)
         self.config.after_write(ConfigSpace.COMMAND, Command.SIZE, self._command_written)
+        if self._power is not None:
+            self.config.after_write(self._power.at("CONTROL"), PmControl.SIZE, self._follow_decoding)
         self._reads: dict[int, Callable[[int, int], bytes]] = {
             index: bar.read for index, bar in self.bars.items()
         }
@@ -175,6 +192,7 @@ class PciFunction:
         }
         self._reads[RegionIndex.CONFIG] = self._config_read
         self._writes[RegionIndex.CONFIG] = self._config_write
+        self._follow_decoding()
 
     # --- regions
 
@@ -188,24 +206,36 @@ class PciFunction:
         bar = self.bars.get(index)
         if bar is None:
             return _ABSENT
-        areas = () if bar.fd is None else ((0, bar.size),)
+        areas = bar.mmap_areas if isinstance(bar, MemoryBar) else ()
         return Region(bar.size, readable=True, writable=True, fd=bar.fd, mmap_areas=areas)
 
     def region_read(self, index: int, offset: int, count: int) -> bytes:
-        """Read `count` bytes at byte `offset`; DeviceError(EINVAL) when the region does not have them."""
+        """Read `count` bytes at byte `offset`.
+
+        DeviceError: EINVAL when the region does not have them, EIO when it does not answer.
+        """
         try:
             read = self._reads[index]
         except KeyError:
             raise DeviceError(errno.EINVAL, f"there is no region {index}") from None
+        if self._silent:
+            self._refuse_undecoded(index, offset, count)
         return read(offset, count)
 
     def region_write(self, index: int, offset: int, data: Data) -> None:
-        """Write `data` at byte `offset`; DeviceError(EINVAL) when the region does not have these bytes."""
+        """Write `data` at byte `offset`; refusals as those of `region_read`."""
         try:
             write = self._writes[index]
         except KeyError:
             raise DeviceError(errno.EINVAL, f"there is no region {index}") from None
+        if self._silent:
+            self._refuse_undecoded(index, offset, len(data))
         write(offset, data)
+
+    def _refuse_undecoded(self, index: int, offset: int, count: int) -> None:
+        bar = self.bars.get(index)
+        if bar is not None and 0 <= offset <= bar.size - count:
+            raise DeviceError(errno.EIO, f"BAR {index} is not decoded")
 
     def io_eventfds(self, index: int) -> Sequence[IoEventFdArea]:
         """The parts of region `index` that eventfds can stand for; DeviceError(EINVAL) if there is no region.
@@ -233,9 +263,19 @@ class PciFunction:
 
     @property
     def memory_enabled(self) -> bool:
-        """Whether the function decodes its BARs: COMMAND says so, in D0. Region accesses do not ask."""
+        """Whether the function decodes its BARs: COMMAND says so, in D0."""
         powered = self._power is None or self._power.power_state == D0
-        return powered and bool(self.config.command & Command.MEMORY.mask)
+        return powered and (not self._command_memory or bool(self.config.command & Command.MEMORY.mask))
+
+    def _follow_decoding(self, *_registers: int) -> None:
+        """Let the BARs follow `memory_enabled`, which may be another one now; DeviceError if one could not.
+        Nobody else tells them.
+        """
+        decoded = self.memory_enabled
+        self._silent = self._enforced and not decoded
+        with ExitStack() as each:  # no failure of one may leave another one mapped
+            for bar in self._memory:
+                each.callback(bar.decode, decoded)
 
     def _show_status(self) -> None:
         status = self.config.load(ConfigSpace.STATUS, Status.SIZE)
@@ -246,6 +286,7 @@ class PciFunction:
         self.interrupts.line.disable(bool(new & Command.INTX_DISABLE.mask))
         if (old ^ new) & Command.BUS_MASTER.mask:
             self.on_bus_master(bool(new & Command.BUS_MASTER.mask))
+        self._follow_decoding()
 
     # --- interrupts
 
@@ -319,6 +360,18 @@ class PciFunction:
         with self.gate:
             return self.interrupts.raise_single(IrqKind.ERR)
 
+    def poison(self, index: int, offset: int) -> bool:
+        """Lose a page of a memory BAR, see `MemoryBar.poison`, and report it; whether the client listens.
+
+        DeviceError: what `MemoryBar.poison` raises, or EINVAL if BAR `index` is none.
+        """
+        bar = self.bars.get(index)
+        if not isinstance(bar, MemoryBar):
+            raise DeviceError(errno.EINVAL, f"there is no memory in BAR {index}")
+        with self.gate:
+            bar.poison(offset)
+            return self.report_error()
+
     # --- life
 
     def stop(self) -> None:
@@ -360,13 +413,12 @@ class PciFunction:
                 self.dma.unmap_all()
                 self.dma.log_stop()
             self.interrupts.reset()
+            for bar in self._memory:
+                if lost:
+                    bar.renew()
+                else:
+                    bar.clear()
             self.replace_registers(self.config.reset)
-            for bar in self.bars.values():
-                if isinstance(bar, MemoryBar):
-                    if lost:
-                        bar.renew()
-                    else:
-                        bar.clear()
             if kind is not ResetKind.FLR:
                 if self.migration is not None:
                     self.migration.reset()
@@ -400,5 +452,6 @@ class PciFunction:
             for bar in self.bars.values():
                 bar.close()
             self.bars.clear()
+            self._memory.clear()
             self._reads.clear()
             self._writes.clear()

@@ -14,6 +14,7 @@ from device.card import DEFAULT_BAR2_SIZE, DEFAULT_QUEUE_SIZE, NetworkCard
 from device.errors import DeviceError
 from device.function import PciFunction, ResetKind
 from device.interrupts._eventfd import drain
+from device.pci.revocation import Revocation
 from device.virtio.features import Feature
 from device.virtio.net import CONTROL_QUEUE, MAX_MTU, MIN_MTU, RX_QUEUE, TX_QUEUE, LinkStatus, NetConfig
 from device.virtio.transport import Isr
@@ -69,7 +70,8 @@ class Nic:
 
     `mac` is 6 octets (None: random), `mtu` in bytes (None: the port's, or 1500), `busy_poll_us` how long the
     worker looks for more work before it sleeps; without `offloads` checksums and segmentation stay with the
-    driver, without `msix` it gets INTx. Raises ValueError for a MAC or an MTU that no interface can have.
+    driver, without `msix` it gets INTx, `revocation` says what takes mappings of its memory away. Raises
+    ValueError for a MAC or an MTU that no interface can have.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Nic:
         busy_poll_us: int = 0,
         offloads: bool = True,
         msix: bool = True,
+        revocation: Revocation = Revocation.COOPERATIVE,
     ) -> None:
         mac = random_mac() if mac is None else mac
         mtu = (port.mtu or 1500) if mtu is None else mtu
@@ -103,7 +106,14 @@ class Nic:
             self._features &= ~(Feature.NET_CSUM | Feature.NET_GUEST_CSUM)
         self.config = NetConfig(mac, mtu=mtu)
         self.filter = ReceiveFilter(mac)
-        self.card = NetworkCard(self, name=name, bar2_size=bar2_size, queue_size=queue_size, msix=msix)
+        self.card = NetworkCard(
+            self,
+            name=name,
+            bar2_size=bar2_size,
+            queue_size=queue_size,
+            msix=msix,
+            revocation=revocation,
+        )
         self.function: PciFunction = self.card.function
         queues = self.card.queues
         self.control = ControlQueue(queues[CONTROL_QUEUE], self.filter, self._set_mac)

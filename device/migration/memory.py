@@ -5,7 +5,6 @@ remembered as a digest a page, 16 bytes for 4096.
 """
 
 import mmap
-import os
 import struct
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -32,10 +31,11 @@ class MemorySource:
 
     def changed(self) -> Iterator[bytes | None]:
         """One pass over the memory: a section's payload for each run of pages unlike those that were sent,
-        and None for each RUN bytes without one.
+        and None for each RUN bytes without one. DeviceError(EIO) where a page is poisoned: nobody can tell
+        what it held.
         """
         for offset in self._runs():
-            block = self._bar.read(offset, min(RUN, self._bar.size - offset))
+            block = self._bar.load(offset, min(RUN, self._bar.backing - offset))
             start: int | None = None
             found = False
             for at in range(0, len(block), PAGE):
@@ -61,17 +61,10 @@ class MemorySource:
         return now != before
 
     def _runs(self) -> list[int]:
-        """Offsets, multiples of RUN, where pages exist or were sent: reading a hole would fill it."""
+        """Offsets, multiples of RUN, where pages exist or were sent: holes need not be read."""
         runs = {offset - offset % RUN for offset in self._sent}
-        position = 0
-        while position < self._bar.size:
-            try:
-                start = os.lseek(self._bar.fd, position, os.SEEK_DATA)
-            except OSError:  # ENXIO: only a hole is left
-                break
-            # The client can make holes meanwhile, even of what was just found.
-            position = max(os.lseek(self._bar.fd, start, os.SEEK_HOLE), start + PAGE)
-            runs.update(range(start - start % RUN, position, RUN))
+        for start, end in self._bar.extents():
+            runs.update(range(start - start % RUN, end, RUN))
         return sorted(runs)
 
 
@@ -81,20 +74,20 @@ class MemoryTarget:
     def __init__(self, bar: MemoryBar) -> None:
         self._bar = bar
         self._pages: set[int] = set()
-        self._staged = mmap.mmap(-1, bar.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._staged = mmap.mmap(-1, bar.backing, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
     def put(self, offset: int, data: bytes) -> None:
         """Keep `data` for byte `offset`; DeviceError(EINVAL) unless these are whole pages of the memory."""
-        if offset % PAGE or len(data) % PAGE or not data or offset + len(data) > self._bar.size:
+        if offset % PAGE or len(data) % PAGE or not data or offset + len(data) > self._bar.backing:
             raise refuse(f"{len(data)} bytes at {offset:#x} of BAR {self._bar.index}")
         self._staged[offset : offset + len(data)] = data
         self._pages.update(range(offset, offset + len(data), PAGE))
 
     def apply(self) -> None:
-        """Make the memory what came, and zero where nothing did."""
+        """Make the memory what came, and zero where nothing did; see `MemoryBar.clear` for mappings."""
         self._bar.clear()
         for offset in sorted(self._pages):
-            self._bar.write(offset, self._staged[offset : offset + PAGE])
+            self._bar.store(offset, self._staged[offset : offset + PAGE])
 
     def close(self) -> None:
         """Forget what came."""

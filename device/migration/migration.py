@@ -177,8 +177,7 @@ def _traits(function: PciFunction) -> dict[str, str]:
     """What the function shows of itself, for people first; the last line has all of configuration space."""
     config = function.config
     bars = ", ".join(
-        f"{bar.index}: {bar.kind.name} {bar.size:#x} {'registers' if isinstance(bar, Bar) else 'memory'}"
-        for bar in function.bars.values()
+        f"{bar.index}: {bar.kind.name} {bar.size:#x} {_content(bar)}" for bar in function.bars.values()
     )
     return {
         "function": f"{config.load(0, 2):04x}:{config.load(2, 2):04x}",
@@ -187,3 +186,9 @@ def _traits(function: PciFunction) -> dict[str, str]:
         "capabilities": ", ".join(f"{part.ID:02x} at {part.offset:#x}" for part in function.capabilities),
         "configuration": blake2b(config.declared(), digest_size=16).hexdigest(),
     }
+
+
+def _content(bar: Bar | MemoryBar) -> str:
+    if isinstance(bar, Bar):
+        return "registers"
+    return "memory" if bar.backing >= bar.size else f"memory of {bar.backing:#x}"

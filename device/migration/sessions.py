@@ -47,6 +47,7 @@ class Outgoing:
         self._passes_left = PASSES_AHEAD
         self._found = False
         self._last = False
+        self._lost: DeviceError | None = None
 
     def _changed(self) -> Iterator[Section | None]:
         """One pass over the memory, with None for runs without changes."""
@@ -63,7 +64,11 @@ class Outgoing:
     def read(self, size: int) -> bytes:
         """The next bytes, at most `size`; fewer when there are no more, until `finish` for now: or when it
         would take long to find them.
+
+        DeviceError(EIO), now and ever after, where memory is poisoned: a state without it is none.
         """
+        if self._lost is not None:
+            raise self._lost
         in_vain = 0
         while self._writer.waiting < size and in_vain < MAX_RUNS_IN_VAIN:
             try:
@@ -71,6 +76,9 @@ class Outgoing:
             except StopIteration:
                 self._pass_over()
                 break
+            except DeviceError as error:
+                self._lost = error
+                raise
             if section is None:
                 in_vain += not self._last
             else:
@@ -98,7 +106,7 @@ class Incoming:
     """
 
     def __init__(self, identity: bytes, memory: Sequence[MemoryBar], parts: Mapping[bytes, Part]) -> None:
-        room = sum(bar.size for bar in memory)
+        room = sum(bar.backing for bar in memory)
         self._reader = StreamReader(
             identity,
             {MEMORY: MAX_SECTION, **dict.fromkeys(parts, MAX_PAYLOAD)},

@@ -3,6 +3,7 @@
 from device.pci.bars import Bar, BarKind, Handler
 from device.pci.config_space import CONFIG_SIZE, Command, ConfigSpace, Identity, Status
 from device.pci.memory_bar import MemoryBar
+from device.pci.revocation import Revocation
 
 __all__ = [
     "CONFIG_SIZE",
@@ -13,5 +14,6 @@ __all__ = [
     "Handler",
     "Identity",
     "MemoryBar",
+    "Revocation",
     "Status",
 ]

@@ -1,29 +1,25 @@
 """A BAR of memory that the host maps."""
 
 import errno
-import fcntl
-import mmap
-import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
 
 from device.errors import DeviceError
+from device.pci._bar_memory import BarMemory, Revocable, Sealed
+from device.pci._memfd import PAGE
 from device.pci.bars import BarKind, check_bar
-
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-
-
-def _nothing() -> None:
-    pass
+from device.pci.revocation import Revocation
 
 
 class MemoryBar:
-    """`size` bytes of memory in a memfd of their own, whole and mappable; zero at power-on.
+    """`size` bytes of memory in a file of their own; zero at power-on. A BAR smaller than a page is mapped as
+    the one page that it begins.
 
-    Unless `sealed`, the memfd can still be truncated, so that its mappings can be revoked one day. Whoever
-    has the fd can do that, and then the next access raises SIGBUS here as well as in the client: memory whose
-    fd is given to a client must be sealed (F_SEAL_SHRINK, F_SEAL_GROW; F_SEAL_SEAL, so that nobody can forbid
-    clearing it). `size` must be whole pages to be mappable: ValueError.
+    `backing` is how many bytes there really are, whole pages: beyond them the BAR reads all ones, swallows
+    writes and cannot be mapped. ValueError if no such BAR can exist, OSError if there is no memory for it.
+
+    `revocation` says what becomes of mappings while the BAR is not decoded, which it is not at power-on. Its
+    own accesses never fault, whatever a client does to the file: they read all ones where the client has
+    shortened it.
     """
 
     def __init__(
@@ -33,39 +29,72 @@ class MemoryBar:
         *,
         kind: BarKind = BarKind.MEM64,
         prefetchable: bool = True,
-        sealed: bool = False,
+        revocation: Revocation = Revocation.COOPERATIVE,
+        backing: int | None = None,
     ) -> None:
         check_bar(index, size, kind)
-        if size % mmap.PAGESIZE:
-            raise ValueError(f"BAR {index}: {size:#x} bytes are not whole pages, so nobody could map them")
+        whole = max(size, PAGE)
+        if backing is None:
+            backing = whole
+        if backing % PAGE or not 0 < backing <= whole:
+            raise ValueError(f"BAR {index}: {backing:#x} bytes are not whole pages of its {size:#x}")
         self.index = index
         self.size = size
         self.kind = kind
         self.prefetchable = prefetchable
-        self.sealed = sealed
-        self.on_renew: Callable[[], None] = _nothing
-        self.fd, self.memory = self._create()
+        self.revocation = revocation
+        self.backing = backing
+        self._poisoned: set[int] = set()
+        self._decoded = False
+        self._memory: BarMemory = self._create()
 
-    def _create(self) -> tuple[int, mmap.mmap]:
-        fd = os.memfd_create(f"bar{self.index}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(fd, self.size)
-            if self.sealed:
-                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-            return fd, mmap.mmap(fd, self.size)
-        except BaseException:
-            os.close(fd)
-            raise
+    def _create(self) -> BarMemory:
+        name = f"bar{self.index}"
+        if self.revocation is Revocation.ENFORCED:
+            return Revocable(name, self.backing)
+        return Sealed(name, self.backing)
+
+    @property
+    def fd(self) -> int:
+        """The file that is mapped, the BAR's. Another one after `renew`."""
+        return self._memory.fd
+
+    @property
+    def mmap_areas(self) -> tuple[tuple[int, int], ...]:
+        """What of the BAR can be mapped, now or when it is decoded: (offset, length), in bytes."""
+        return ((0, min(self.size, self.backing)),)
+
+    # --- accesses
 
     def read(self, offset: int, count: int) -> bytes:
-        """Read `count` bytes; DeviceError(EINVAL) outside the BAR."""
+        """Read `count` bytes, decoded or not.
+
+        DeviceError: EINVAL outside the BAR, EIO where a page is poisoned.
+        """
         self._check(offset, count)
-        return self.memory[offset : offset + count]
+        there = max(min(self.backing - offset, count), 0)
+        return self.load(offset, there).ljust(count, b"\xff")
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Write `data`; DeviceError(EINVAL) outside the BAR."""
+        """Write `data`, decoded or not; refusals as those of `read`, and nothing is written then."""
         self._check(offset, len(data))
-        self.memory[offset : offset + len(data)] = data
+        self.store(offset, memoryview(data)[: max(self.backing - offset, 0)])
+
+    def load(self, offset: int, count: int) -> bytes:
+        """The device's side: any of the `backing` bytes. DeviceError(EIO) where a page is poisoned."""
+        self._refuse_poisoned(offset, count)
+        return self._memory.read(offset, count)
+
+    def store(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """The device's side of a write, as `load`."""
+        self._refuse_poisoned(offset, len(data))
+        self._memory.write(offset, data)
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """Where `load` finds anything but zeros, if it does: (start, end) of whole pages, in no order."""
+        yield from self._memory.extents()
+        for page in self._poisoned:
+            yield page, page + PAGE
 
     def _check(self, offset: int, count: int) -> None:
         if offset < 0 or count < 0 or offset + count > self.size:
@@ -74,26 +103,59 @@ class MemoryBar:
                 f"BAR {self.index}: {count} bytes at {offset:#x} lie outside {self.size:#x} bytes",
             )
 
+    def _refuse_poisoned(self, offset: int, count: int) -> None:
+        for page in self._poisoned:
+            if offset < page + PAGE and page < offset + count:
+                raise DeviceError(errno.EIO, f"BAR {self.index}: the page at {page:#x} is poisoned")
+
+    # --- who reaches it
+
+    def decode(self, enabled: bool) -> None:
+        """The function decodes the BAR from now on, or no more.
+
+        What mappings reach follows that, if it is enforced; the memory stays as it is. DeviceError(EIO) if
+        the system was short of memory: mappings are taken away all the same, or do not come back.
+        """
+        self._decoded = enabled
+        self._memory.show(min(self._poisoned, default=self.backing) if enabled else 0)
+
+    def poison(self, offset: int) -> None:
+        """The page at `offset` is lost: accesses to it are refused with EIO, and no mapping reaches it or
+        what follows it. Only `repair` heals it.
+
+        DeviceError: EINVAL where there is no memory, EOPNOTSUPP if mappings cannot be taken away.
+        """
+        if not 0 <= offset < self.backing:
+            raise DeviceError(errno.EINVAL, f"BAR {self.index}: there is no memory at {offset:#x}")
+        if not isinstance(self._memory, Revocable):
+            raise DeviceError(errno.EOPNOTSUPP, f"BAR {self.index}: its memory is sealed")
+        page = offset - offset % PAGE
+        self._poisoned.add(page)
+        self.decode(self._decoded)
+        self._memory.forget(page, page + PAGE)
+
+    def repair(self) -> None:
+        """Pages that were poisoned are zero, and answer again; DeviceError(EIO) as `decode`."""
+        self._poisoned.clear()
+        self.decode(self._decoded)
+
+    # --- life
+
     def clear(self) -> None:
-        """All zero again, in place: whoever has it mapped sees zeros."""
-        self.memory.madvise(mmap.MADV_REMOVE)
+        """All zero again.
+
+        What mappings reach is taken away, if that is enforced, until `decode` is called; else they see zeros.
+        """
+        self._memory.clear()
 
     def renew(self) -> None:
-        """New memory, all zero.
+        """New memory, all zero, and as `clear` leaves it.
 
         Mappings of the old one, such as those of a client that left, no longer reach the card.
         """
-        old_fd, old_memory = self.fd, self.memory
-        self.fd, self.memory = self._create()
-        self.on_renew()
-        _release(old_fd, old_memory)
+        old, self._memory = self._memory, self._create()
+        old.close()
 
     def close(self) -> None:
         """Give the memory back; the BAR is of no use afterwards."""
-        _release(self.fd, self.memory)
-
-
-def _release(fd: int, memory: mmap.mmap) -> None:
-    os.close(fd)
-    with suppress(BufferError):  # somebody still holds a view: the mapping goes with the last one
-        memory.close()
+        self._memory.close()

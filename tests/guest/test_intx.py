@@ -343,11 +343,11 @@ async def test_memory_that_intx_keeps_from_being_mapped_is_right_throughout(
     by_message = count_accesses(monkeypatch)
     spec = f"tap:name={network.tap},netns={network.path}"
     async with serve_cards(spec) as (card,):
-        memory = card.nic.card.memory.memory
+        memory = card.nic.card.memory
 
         def written(number: int) -> bool:
             words = [PATTERN * (n + number) for n in range(1, WORDS + 1)]
-            return memory[4 : 4 + 4 * WORDS] == b"".join(word.to_bytes(4, "little") for word in words)
+            return memory.load(4, 4 * WORDS) == b"".join(word.to_bytes(4, "little") for word in words)
 
         async with boot_guest(script, [card.socket]) as guest, pinging(network, guest_root, card) as pings:
             await guest.expect("idle")

@@ -18,14 +18,14 @@ SIZE = 1 << 20
 
 @pytest.fixture
 def bar() -> Iterator[MemoryBar]:
-    made = MemoryBar(2, SIZE, sealed=True)
+    made = MemoryBar(2, SIZE)
     yield made
     made.close()
 
 
 @pytest.fixture
 def other() -> Iterator[MemoryBar]:
-    made = MemoryBar(2, SIZE, sealed=True)
+    made = MemoryBar(2, SIZE)
     yield made
     made.close()
 
