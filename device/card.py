@@ -31,7 +31,7 @@ from device.pci.capabilities import (
     VirtioNotify,
     VirtioPciCfgAccess,
 )
-from device.pci.revocation import Revocation
+from device.revocation import Revocation
 from device.virtio._split import VirtQueue
 from device.virtio.moving import TransportState
 from device.virtio.net import CONFIG_SIZE

@@ -27,7 +27,7 @@ from device.pci.capabilities.base import arrange, place_all
 from device.pci.capabilities.pm import D0, PmControl
 from device.pci.config_space import CONFIG_SIZE, Command, ConfigSpace, Identity, Status
 from device.pci.memory_bar import MemoryBar
-from device.pci.revocation import Revocation
+from device.revocation import Revocation
 
 if TYPE_CHECKING:
     from device.migration.migration import Migration

@@ -14,7 +14,7 @@ from device.card import DEFAULT_BAR2_SIZE, DEFAULT_QUEUE_SIZE, NetworkCard
 from device.errors import DeviceError
 from device.function import PciFunction, ResetKind
 from device.interrupts._eventfd import drain
-from device.pci.revocation import Revocation
+from device.revocation import Revocation
 from device.virtio.features import Feature
 from device.virtio.net import CONTROL_QUEUE, MAX_MTU, MIN_MTU, RX_QUEUE, TX_QUEUE, LinkStatus, NetConfig
 from device.virtio.transport import Isr

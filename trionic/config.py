@@ -16,6 +16,7 @@ A file holds any number of cards::
     bar2_size = "16M"               # optional
     offloads = false                # optional: checksums and segmentation stay with the guest
     msix = false                    # optional: interrupts by INTx, so that QEMU can unplug the card
+    revocation = "enforced"         # optional, cooperative if absent: who takes mapped BARs away
 
 Every error names the file, the card and the key, and says what is allowed. Unknown keys are refused: a
 setting that is silently ignored is worse than one that is refused. Relative paths start where the command
@@ -33,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from device.revocation import Revocation
 from trionic.engines import INTERFACES, NATIVE, Engine, EngineConfig
 from trionic.errors import ConfigError
 
@@ -92,6 +94,8 @@ class CardConfig:
     """Whether the guest may leave checksums and segmentation to the card."""
     msix: bool = True
     """Whether the card has MSI-X; QEMU 11.1 aborts when it unplugs one that has."""
+    revocation: Revocation = Revocation.COOPERATIVE
+    """Who sees to it that nobody uses on-card memory while the card does not decode it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,4 +272,5 @@ _CARD_KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "bar2_size": parse_bar2_size,
     "offloads": _switch,
     "msix": _switch,
+    "revocation": lambda value: Revocation(_one_of(value, [way.value for way in Revocation])),
 }

@@ -96,6 +96,7 @@ def open_cards(cards: Sequence[CardConfig], poll_us: int = 0) -> Iterator[Sequen
                 bar2_size=card.bar2_size,
                 offloads=card.offloads,
                 msix=card.msix,
+                revocation=card.revocation,
                 busy_poll_us=poll_us,
             )
             undo.pop_all()  # from now on the card closes its port

@@ -3,7 +3,6 @@
 from device.pci.bars import Bar, BarKind, Handler
 from device.pci.config_space import CONFIG_SIZE, Command, ConfigSpace, Identity, Status
 from device.pci.memory_bar import MemoryBar
-from device.pci.revocation import Revocation
 
 __all__ = [
     "CONFIG_SIZE",
@@ -14,6 +13,5 @@ __all__ = [
     "Handler",
     "Identity",
     "MemoryBar",
-    "Revocation",
     "Status",
 ]

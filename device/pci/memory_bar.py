@@ -7,7 +7,7 @@ from device.errors import DeviceError
 from device.pci._bar_memory import BarMemory, Revocable, Sealed
 from device.pci._memfd import PAGE
 from device.pci.bars import BarKind, check_bar
-from device.pci.revocation import Revocation
+from device.revocation import Revocation
 
 
 class MemoryBar:

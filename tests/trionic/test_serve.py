@@ -125,6 +125,17 @@ async def test_a_card_can_do_without_msix_and_offloads(path: Path) -> None:
             assert not nic.features & OFFLOADS
 
 
+async def test_a_card_can_take_its_memory_back(path: Path) -> None:
+    with serving("--socket", path, "--revocation", "enforced"):
+        async with client.connect(path) as session:
+            memory = session.regions[2]
+            assert (os.fstat(memory.fd).st_size, memory.size) == (0, 16 << 20)
+            async with open_net(session):
+                assert os.fstat(memory.fd).st_size == 16 << 20
+            await session.reset()
+            assert os.fstat(memory.fd).st_size == 0
+
+
 async def test_many_cards_from_options(tmp_path: Path) -> None:
     a, b = tmp_path / "a.sock", tmp_path / "b.sock"
     macs = ("--mac", "02:00:00:00:00:0a", "--mac", "02:00:00:00:00:0b")
@@ -309,5 +320,14 @@ def test_options_that_make_no_sense(options: tuple[str, ...], expected: str) -> 
 def test_help_teaches_by_example() -> None:
     done = run("serve", "--help")
     assert done.returncode == 0
-    for word in ("Examples:", "tap:name=tap0", "[[card]]", "READY=1", "--poll", "--release"):
+    for word in (
+        "Examples:",
+        "tap:name=tap0",
+        "[[card]]",
+        "READY=1",
+        "--poll",
+        "--release",
+        "cooperative  ",
+        "enforced  ",
+    ):
         assert word in done.stdout

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from device.revocation import Revocation
 from server import Listener, ServerError
 from trionic.config import (
     DEFAULT_BAR2_SIZE,
@@ -96,6 +97,13 @@ class _Parsed(click.ParamType[Any]):
     help="Interrupts by INTx only. QEMU 11.1 aborts when it unplugs a card that has MSI-X.",
 )
 @click.option(
+    "--revocation",
+    type=click.Choice([way.value for way in Revocation]),
+    default=Revocation.COOPERATIVE.value,
+    show_default=True,
+    help="Who takes mapped on-card memory away while a card is reset or its memory switched off; see above.",
+)
+@click.option(
     *("--poll", "poll_us"),
     type=_Parsed("US", parse_poll_us, number=True),
     help="Microseconds to spin for the next message before sleeping: less latency, more heat.  [default: 0]",
@@ -149,6 +157,7 @@ def serve(
     bar2_size: int,
     no_offloads: bool,
     no_msix: bool,
+    revocation: str,
     poll_us: int | None,
     release_s: int | None,
     engine: str,
@@ -176,6 +185,15 @@ def serve(
       pcap:write=out.pcap          packets into a file; read=in.pcap replays one
 
     \b
+    Revocation, when a guest's driver or a reset switches a card's memory off:
+      cooperative  The client lets go by itself. Nothing it maps can fail under
+                   it; one that does not let go goes on using the memory.
+      enforced     The card takes its memory back: whoever touches it gets
+                   SIGBUS, and BARs answer EIO, until it is switched on again.
+                   Protects the card from its client, but not the client from
+                   SIGBUS; switching costs a copy of what was written.
+
+    \b
     Examples:
       trionic serve --socket /tmp/card.sock
       trionic serve -s /tmp/a.sock -p tap:name=tap0 -s /tmp/b.sock -p tap:name=tap1
@@ -193,8 +211,16 @@ def serve(
       bar2_size = "16M"
       offloads = true
       msix = true
+      revocation = "cooperative"
     """
-    every = CardConfig(Path(), mtu=mtu, bar2_size=bar2_size, offloads=not no_offloads, msix=not no_msix)
+    every = CardConfig(
+        Path(),
+        mtu=mtu,
+        bar2_size=bar2_size,
+        offloads=not no_offloads,
+        msix=not no_msix,
+        revocation=Revocation(revocation),
+    )
     chosen = EngineConfig(Engine(engine), libvfio_user, libvfio_user_api)
     if show_limits:
         _tell_limits(chosen)
