@@ -1,0 +1,270 @@
+"""A driver in user space in a guest with a virtual IOMMU: the guest's own vfio-pci has the cards, its own
+type1 IOMMU maps memory and BARs for DMA, and QEMU passes all of that on to the card's server.
+
+The program runs once for all sentences here. The cards are served by our own engine alone: libvfio-user
+refuses the unmaps of such a QEMU and has too few windows for it (Limit.UNKNOWN_UNMAPS, Limit.DMA_WINDOWS).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.conftest import cannot
+from tests.guest import GuestResult, Root, boot
+from tests.guest._machine import accelerator
+from tests.guest.cards import serve_cards
+from tests.guest.vfio_driver import (
+    KERNEL_ARGS,
+    PROGRAM,
+    TAKE,
+    Step,
+    build,
+    iommu_arguments,
+    read_steps,
+)
+from tests.peers.cache import PeerError
+
+SCRIPT = f"""{TAKE}
+take 0; a=$taken
+take 1; b=$taken
+{PROGRAM} bars $a
+{PROGRAM} interrupts $a
+{PROGRAM} frames $a
+{PROGRAM} peers $a $b
+{PROGRAM} churn $a
+tell end; await_host
+"""
+
+PAGE, HUGE_PAGE = 4096, 2 << 20
+OWN, BAR = 0x1_0000_0000, 0x2_0000_0000
+OWN_SIZE = 4 << 20
+BAR_SIZE = 16 << 20
+BULK = 64 << 20
+PATIENCE = 120  # seconds for some twelve on an idle machine
+
+# When the program shows the host how things are, in its order.
+SHOWN = [
+    "map_memory",
+    "map_full_bar",
+    "map_partial_bar",
+    "map_bar_misaligned",
+    "map_peers_bar",
+    "bulk",
+    "end",
+]
+
+Windows = list[tuple[int, int, int, bool]]
+READ_WRITE = 3
+
+
+@dataclass
+class Story:
+    """What was seen of the program."""
+
+    steps: dict[str, Step] = field(default_factory=dict)
+    windows: dict[str, list[Windows]] = field(default_factory=dict)
+    """Each card's at the moments of `SHOWN`."""
+    warnings: list[str] = field(default_factory=list)
+    result: GuestResult | None = None
+
+    def good(self, *names: str) -> None:
+        """AssertionError unless all these steps were made and went well."""
+        assert [self.steps.get(name) for name in names if name not in self.steps] == []
+        assert [self.steps[name] for name in names if not self.steps[name].good] == []
+
+
+class Warnings(logging.Handler):
+    """Keeps what is logged as a warning or worse."""
+
+    def __init__(self, kept: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._kept = kept
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See Handler."""
+        self._kept.append(record.getMessage())
+
+
+async def _watch(root: Root, program: Path, folder: Path, story: Story) -> None:
+    accel = await accelerator(root)
+    async with (
+        serve_cards(folder, ["loopback", "loopback"]) as cards,
+        boot(
+            SCRIPT,
+            [card.socket for card in cards],
+            root=root,
+            accel=accel,
+            kernel_args=KERNEL_ARGS,
+            qemu_args=iommu_arguments(accel),
+            files={PROGRAM: program},
+            deadline=PATIENCE,
+        ) as guest,
+    ):
+        for name in SHOWN:
+            await guest.expect(name)
+            story.windows[name] = [sorted(card.nic.function.dma.windows()) for card in cards]
+            guest.say()
+        story.result = await guest.wait(check=False, clean_stderr=False)
+    story.steps = {step.name: step for step in read_steps(story.result.output)}
+
+
+@pytest.fixture(scope="module")
+def story(guest_root: Root, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """The program, run to its end in a guest with two cards."""
+    try:
+        program = build()
+    except PeerError as missing:
+        cannot(str(missing))
+    told = Story()
+    handler = Warnings(told.warnings)
+    logging.getLogger().addHandler(handler)
+    try:
+        trio.run(_watch, guest_root, program, tmp_path_factory.mktemp("vfio_driver"), told)
+    finally:
+        logging.getLogger().removeHandler(handler)
+    return told
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Windows without a gap between them."""
+
+    start: int
+    size: int
+    window: int
+    """The size of each of them."""
+    has_descriptor: bool
+
+
+def span(windows: Windows) -> Span:
+    """All of these, which have to be alike and one behind the other, for reading and writing."""
+    ((size, prot, has_descriptor),) = {window[1:] for window in windows}
+    start = windows[0][0]
+    assert prot == READ_WRITE
+    assert [window[0] for window in windows] == [start + n * size for n in range(len(windows))]
+    return Span(start, size * len(windows), size, has_descriptor)
+
+
+def test_the_program_comes_to_its_end_and_qemu_has_nothing_to_say(story: Story) -> None:
+    story.good("bars_end", "interrupts_end", "frames_end", "peers_end", "churn_end")
+    assert [step for step in story.steps.values() if not step.good] == []
+    assert story.result is not None
+    assert (story.result.status, story.result.qemu_stderr) == (0, "")
+
+
+def test_memory_that_is_mapped_for_dma_reaches_the_card_with_its_descriptor(story: Story) -> None:
+    story.good("map_memory")
+    mapped, other = story.windows["map_memory"]
+    assert span(mapped).start == OWN
+    assert span(mapped).size == OWN_SIZE
+    assert span(mapped).has_descriptor
+    assert other == []
+
+
+def test_what_is_mapped_already_and_a_part_of_it_are_refused(story: Story) -> None:
+    story.good("map_memory_twice", "unmap_a_part")
+    assert [story.steps[name].detail for name in ("map_memory_twice", "unmap_a_part")] == ["EEXIST", "EINVAL"]
+
+
+def test_a_whole_bar_is_mapped_for_dma_in_huge_pages(story: Story) -> None:
+    """QEMU has no descriptor to give for a BAR that it has mapped itself: the card will have to ask it."""
+    story.good("map_full_bar")
+    assert span(story.windows["map_full_bar"][0]) == Span(BAR, BAR_SIZE, HUGE_PAGE, False)
+
+
+def test_a_part_of_a_bar_is_mapped_for_dma(story: Story) -> None:
+    story.good("map_partial_bar")
+    assert span(story.windows["map_partial_bar"][0]) == Span(BAR, BAR_SIZE // 2, HUGE_PAGE, False)
+
+
+def test_a_bar_that_lies_askew_of_huge_pages_is_mapped_in_small_ones(story: Story) -> None:
+    story.good("map_bar_misaligned")
+    mapped = span(story.windows["map_bar_misaligned"][0])
+    assert mapped == Span(BAR + 2 * PAGE, BAR_SIZE // 2, PAGE, False)
+
+
+def test_a_bar_without_memory_decoding_cannot_be_faulted_in(story: Story) -> None:
+    story.good("map_bar_without_memory")
+    assert story.steps["map_bar_without_memory"].detail == "EFAULT"
+
+
+@pytest.mark.parametrize(
+    ("away", "back"),
+    [("memory_off", "memory_on"), ("memory_off_again", "memory_on_again"), ("asleep", "awake")],
+    ids=["memory off", "memory off again", "D3hot"],
+)
+def test_a_device_that_does_not_answer_is_a_bus_error_and_keeps_its_bytes(
+    story: Story, away: str, back: str
+) -> None:
+    story.good(away, back)
+    assert story.steps[away].detail == "SIGBUS"
+
+
+def test_a_reset_clears_the_bar_which_can_be_used_at_once(story: Story) -> None:
+    story.good("device_reset", "bar_after_reset", "bar_used_after_reset", "unmap_bar")
+
+
+@pytest.mark.parametrize(
+    ("kind", "vectors"), [("msix", 4), ("msi", 1), ("intx", 1), ("msix_again", 4)], ids=lambda word: str(word)
+)
+def test_each_kind_of_interrupt_arrives_by_eventfd(story: Story, kind: str, vectors: int) -> None:
+    story.good(f"{kind}_by_hand", f"{kind}_signal_0", f"{kind}_signal_1", f"{kind}_no_more")
+    assert story.steps[f"{kind}_by_hand"].detail == f"{vectors} of {vectors}"
+
+
+@pytest.mark.parametrize("payload", [0, 1, 46, 1000, 1500])
+def test_frames_go_out_and_come_back_by_a_driver_in_user_space(story: Story, payload: int) -> None:
+    story.good(f"frame_{payload}")
+
+
+def test_the_driver_starts_again_after_a_reset_and_does_not_have_to_when_memory_was_off(story: Story) -> None:
+    story.good("frame_after_reset_0", "frame_after_reset_1", "frame_after_memory_was_off")
+
+
+def test_a_peers_bar_is_mapped_in_the_clients_of_both_cards(story: Story) -> None:
+    for windows in story.windows["map_peers_bar"]:
+        own = [window for window in windows if window[0] < BAR]
+        assert span(own).has_descriptor
+        assert span(windows[len(own) :]) == Span(BAR, BAR_SIZE, HUGE_PAGE, False)
+
+
+@pytest.mark.parametrize(
+    "step",
+    ["sent_from_the_bar", "received_in_the_bar", "from_bar_to_bar", "rings_and_buffers_in_the_bar"],
+    ids=lambda step: step.replace("_", " "),
+)
+def test_a_card_moves_frames_through_its_peers_bar(story: Story, step: str) -> None:
+    story.good(step)
+
+
+def test_a_peer_that_answers_nobody_fails_the_driver_until_a_reset(story: Story) -> None:
+    story.good("peer_is_away", "own_memory_meanwhile")
+    story.good("sent_from_an_absent_bar", "received_in_an_absent_bar", "own_memory_after_the_reset")
+    story.good("peer_is_back")
+
+
+def test_a_bar_that_was_unmapped_is_out_of_reach(story: Story) -> None:
+    story.good("unmap_peers_bar", "sent_from_an_unmapped_bar", "own_memory_afterwards")
+
+
+def test_ten_thousands_of_mappings_come_and_go_and_the_card_works_on(story: Story) -> None:
+    story.good("pairs", "bulk", "strays", "frame_after_all", "unmap_all", "attached_again")
+    bulk = [window for window in story.windows["bulk"][0] if window[0] >= BAR]
+    assert span(bulk) == Span(BAR, BULK, PAGE, True)
+
+
+def test_a_driver_that_has_gone_leaves_nothing_mapped(story: Story) -> None:
+    assert story.windows["end"] == [[], []]
+
+
+def test_cards_complain_of_nothing_but_the_buffers_that_were_taken_from_them(story: Story) -> None:
+    assert [message.partition(":")[2].strip() for message in story.warnings] == [
+        "queue 1 is broken: a buffer is not in a DMA window that allows the access",
+        "queue 0 is broken: a buffer is not in a DMA window that allows the access",
+        "queue 1 is broken: a buffer is not in a DMA window that allows the access",
+    ]
