@@ -6,6 +6,7 @@ the whole of it is in the socket and the socket has room for a reply.
 
 from __future__ import annotations
 
+import array
 import fcntl
 import os
 import select
@@ -14,6 +15,7 @@ import struct
 import sys
 import termios
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from errno import ENOTCONN
 from pathlib import Path
@@ -25,9 +27,11 @@ from device.function import PciFunction
 from protocol.errors import RemoteProtocolError
 from protocol.limits import HEADER_SIZE, MAX_VERSION_DATA, SessionLimits
 from protocol.messages import Header
+from server._answer import Terms
 from server._descriptors import close_all, receive
 from server._wire import ClientDroppedError, ClientLeftError
 from server.libvfio_user._context import Context
+from server.libvfio_user._exports import answer, asks_for_export, terms_of
 from server.libvfio_user._handover import hand_over
 from server.libvfio_user._interrupts import Bridge
 from server.libvfio_user._remote import TwinMemory
@@ -105,7 +109,7 @@ class Session:
             self._let_wait()
             bridge = Bridge(self._function, context.trigger, self._told)
             ending.callback(bridge.close)
-            await self._until_the_end(context, bridge)
+            await self._until_the_end(context, bridge, terms_of(version))
 
     def _reach_memory(self, memory: TwinMemory, ending: ExitStack) -> None:
         dma = self._function.dma
@@ -124,19 +128,19 @@ class Session:
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
-    async def _until_the_end(self, context: Context, bridge: Bridge) -> None:
+    async def _until_the_end(self, context: Context, bridge: Bridge, terms: Terms) -> None:
         end: Exception | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(bridge.run)
             try:
-                await self._drain(context, bridge)
+                await self._drain(context, bridge, terms)
             except (ClientLeftError, ClientDroppedError) as reason:
                 end = reason
                 nursery.cancel_scope.cancel()
         if end is not None:
             raise end
 
-    async def _drain(self, context: Context, bridge: Bridge) -> None:
+    async def _drain(self, context: Context, bridge: Bridge, terms: Terms) -> None:
         screen = Screen(context.windows)
         credit = self._limits.messages_per_turn
         while True:
@@ -151,6 +155,9 @@ class Session:
             number = screen.verdict(header, look)
             if number:
                 self._refuse(header, number)
+            elif asks_for_export(header, look):
+                payload = self._take(header.message_size)[HEADER_SIZE:]
+                self._send(*answer(self._function, header, payload, terms))
             else:
                 try:
                     context.run()
@@ -253,14 +260,23 @@ class Session:
 
     def _refuse(self, header: Header, number: int) -> None:
         """Answer the message instead of the library."""
-        left = header.message_size
-        while left:
-            left -= len(self._take_some(left))
+        self._take(header.message_size)
         log.debug("%s: command %d refused: %s", self._function.name, header.command, os.strerror(number))
-        reply = refusal(header, number)
+        self._send(refusal(header, number))
+
+    def _take(self, size: int) -> bytes:
+        """A message that is there, so many bytes long."""
+        taken = b""
+        while len(taken) < size:
+            taken += self._take_some(size - len(taken))
+        return taken
+
+    def _send(self, reply: bytes, fds: Sequence[int] = ()) -> None:
+        """What finds room at once; b"" is nothing."""
         if reply:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
             try:
-                self._socket.send(reply, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+                self._socket.sendmsg([reply], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
             except OSError:
                 raise ClientLeftError from None
 
