@@ -1,7 +1,6 @@
 """The host's side of vfio-user: drives anyone's server, and knows nothing of ours."""
 
 from client.bars import Bar as Bar
-from client.bars import BarMapping as BarMapping
 from client.connecting import connect as connect
 from client.connecting import over_socket as over_socket
 from client.dirty import DirtyBitmap as DirtyBitmap
@@ -23,10 +22,15 @@ from client.interrupts import msi as msi
 from client.interrupts import msix as msix
 from client.interrupts import req as req
 from client.io_fds import IoFds as IoFds
+from client.mapping import BarMapping as BarMapping
+from client.mapping import MappingError as MappingError
+from client.mapping import MappingState as MappingState
+from client.mapping import OnZapped as OnZapped
 from client.migration import MigrationControl as MigrationControl
 from client.migration import MigrationError as MigrationError
 from client.migration import MigrationReport as MigrationReport
 from client.migration import migrate as migrate
+from client.phys_vec import PhysVec as PhysVec
 from client.regions import IrqDetails as IrqDetails
 from client.regions import RegionDetails as RegionDetails
 from client.session import Session as Session

@@ -1,4 +1,4 @@
-"""Where bytes of a BAR are."""
+"""Where the bytes of a device's memory lie, for others who want to reach them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class PhysVec:
-    """`len` bytes at byte `paddr` of a BAR's file, where its region's `mmap_offset` counts: the only physical
-    address that there is between processes (include/linux/types.h, struct phys_vec).
+    """`len` bytes at `paddr`: name and shape are those of the kernel's struct phys_vec.
+
+    Between processes there is no physical address but a place in a file, so `paddr` counts the bytes of the
+    file behind a region, with the region's own place in it (`RegionDetails.mmap_offset`).
     """
 
     paddr: int

@@ -23,12 +23,13 @@ from typing import Final
 import trio
 
 from client._nursery import background
-from client.bars import PAGE, BarMapping
+from client._pages import PAGE
 from client.errors import ClientError
 from client.kvm import realmode
 from client.kvm.errors import GuestError
 from client.kvm.vcpu import Exits, Vcpu
 from client.kvm.vm import Vm
+from client.mapping import BarMapping
 from client.session import Session
 
 _NUMBER: Final = struct.Struct("<I")

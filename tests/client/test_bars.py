@@ -9,7 +9,7 @@ import pytest
 import trio
 
 import client
-from client.bars import BarMapping
+from client.mapping import BarMapping
 from client.regions import RegionDetails
 from protocol.vfio import RegionFlags
 from tests.client.peer import NO_REPLY, REGION_READ, REGION_WRITE, FakeRegion, session_with
