@@ -39,7 +39,8 @@ class Bar:
 
     async def read(self, offset: int, width: Width) -> int:
         """A number at an offset; raises ServerError where the device refuses it."""
-        if (mapping := self.mapping) is not None and self._trapping.mapped:
+        mapping = self.mapping
+        if mapping is not None and self._trapping.mapped:
             value = mapping.try_read(offset, width)
             if value is not None:
                 return value
@@ -50,11 +51,8 @@ class Bar:
 
     async def write(self, offset: int, width: Width, value: int) -> None:
         """Write a number and know that the device has it."""
-        if (
-            (mapping := self.mapping) is not None
-            and self._trapping.mapped
-            and mapping.try_write(offset, width, value)
-        ):
+        mapping = self.mapping
+        if mapping is not None and self._trapping.mapped and mapping.try_write(offset, width, value):
             return
         number = self._trapping.begin()
         await self.session.region_write(self.index, offset, value.to_bytes(width, sys.byteorder))
@@ -62,11 +60,8 @@ class Bar:
 
     def post(self, offset: int, width: Width, value: int) -> None:
         """Write a number without waiting: a store where mapped, else a posted write."""
-        if (
-            (mapping := self.mapping) is not None
-            and self._trapping.mapped
-            and mapping.try_write(offset, width, value)
-        ):
+        mapping = self.mapping
+        if mapping is not None and self._trapping.mapped and mapping.try_write(offset, width, value):
             return
         number = self._trapping.begin()
         self.session.post_write_now(self.index, offset, value.to_bytes(width, sys.byteorder))

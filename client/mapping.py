@@ -168,8 +168,8 @@ class BarMapping:
         return self._find(offset, length) is not None
 
     def lost(self, offset: int, length: int) -> bool:
-        """Whether the server has taken any of these bytes away under the mapping, and they were touched since:
-        they read as ones until they are faulted in again.
+        """Whether the server has taken any of these bytes away under the mapping, and they were touched
+        since: they read as ones until they are faulted in again.
         """
         area = self._area(offset, length)
         return area.present and self._pages.lost(offset - self.offset, length)
@@ -238,8 +238,9 @@ class BarMapping:
         Raises ClientError if it is not aligned or not in one area, MappingError if it cannot be faulted in.
         """
         area = self._area(offset, width)
-        _check_aligned(offset, width)
-        if self._touch(area, offset, width):
+        if offset % width:
+            raise _not_aligned(offset, width)
+        if area.present or self._touch(area, offset, width):
             value = self._pages.load(offset - self.offset, width)
             if value is not None:
                 return value
@@ -260,12 +261,13 @@ class BarMapping:
         area = self._find(offset, width)
         if area is None or not (area.present or self._can_fault(area, offset, width)):
             return None
-        _check_aligned(offset, width)
+        if offset % width:
+            raise _not_aligned(offset, width)
         return self._pages.load(offset - self.offset, width)
 
     def try_write(self, offset: int, width: Width, value: int) -> bool:
-        """`write`, but False where the device's own bytes are not to be had here and now. Raises ClientError if
-        it is not aligned or the region is read-only.
+        """`write`, but False where the device's own bytes are not to be had here and now. Raises ClientError
+        if it is not aligned or the region is read-only.
         """
         area = self._find(offset, width)
         if area is None or not (area.present or self._can_fault(area, offset, width)):
@@ -291,7 +293,7 @@ class BarMapping:
 
     def _touch(self, area: _Area, offset: int, length: int) -> bool:
         """Fault an area in if it is not; False if nobody answers there."""
-        if not area.present and self._answered:
+        if self._answered:
             self._fault(area, offset, length)
         return area.present
 
@@ -302,7 +304,8 @@ class BarMapping:
             return False
 
     def _check_store(self, offset: int, width: int) -> None:
-        _check_aligned(offset, width)
+        if offset % width:
+            raise _not_aligned(offset, width)
         if not self.writable:
             raise ClientError(f"region {self.region.index} is read-only")
 
@@ -361,9 +364,8 @@ class BarMapping:
         self.close()
 
 
-def _check_aligned(offset: int, width: int) -> None:
-    if offset % width:
-        raise ClientError(f"{width} bytes at {offset:#x}: not aligned")
+def _not_aligned(offset: int, width: int) -> ClientError:
+    return ClientError(f"{width} bytes at {offset:#x}: not aligned")
 
 
 def _page_align(size: int) -> int:
