@@ -99,7 +99,7 @@ class BarMapping:
         self.on_zapped = on_zapped
         self.generation = 0
         """How often it was taken away."""
-        self._decoding = decoding
+        self.decoding = decoding
         self._mapped_areas = self._areas = self._mappable()
         if decoding is None:
             for area in self._areas:
@@ -161,7 +161,7 @@ class BarMapping:
 
     @property
     def _answered(self) -> bool:
-        return self._decoding is None or self._decoding.enabled
+        return self.decoding is None or self.decoding.enabled
 
     def covers(self, offset: int, length: int) -> bool:
         """Whether these bytes of the region lie in one area that may be mapped."""
@@ -251,7 +251,9 @@ class BarMapping:
         """One aligned store; raises as `read` does, and ClientError if the region is read-only."""
         area = self._area(offset, width)
         self._check_store(offset, width)
-        if not (self._touch(area, offset, width) and self._pages.store(offset - self.offset, width, value)):
+        at = offset - self.offset
+        present = area.present or self._touch(area, offset, width)
+        if not (present and self._pages.store(at, width, value)):
             self._refuse(offset)
 
     def try_read(self, offset: int, width: Width) -> int | None:
