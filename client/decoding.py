@@ -77,6 +77,12 @@ class MemoryDecoding:
         """Whether COMMAND.MEMORY counts; it does not at a virtual function of SR-IOV (PCIe 6, 9.3.4.1.3)."""
         self._session = session
         self._state = _State()
+        self._away = False
+        """Followers were told to let go, and the write or reset that this was for has not left yet, or its
+        caller gave up before it did.
+        """
+        self._out = False
+        """Followers were told to let go and not yet that they may come back."""
         self._followers: list[Follower] = []
         self._changing = trio.Lock()
         self._capabilities: tuple[CapabilityEntry, ...] | None = None
@@ -84,7 +90,7 @@ class MemoryDecoding:
     @property
     def enabled(self) -> bool:
         """Whether BARs may be faulted in."""
-        return self._answers(self._state)
+        return not self._away and self._answers(self._state)
 
     def _answers(self, state: _State) -> bool:
         return state.alive and state.powered and (state.memory or not self.command_memory)
@@ -148,9 +154,8 @@ class MemoryDecoding:
             before = after = self._state
             for change in changes:
                 after = change(after)
-            away = _reset in changes or not self._answers(after)
-            if away:
-                self._state = replace(self._state, memory=False, powered=False)
+            if _reset in changes or not self._answers(after):
+                self._away = self._out = True
                 self._zap()
                 async with trio.open_nursery() as nursery:
                     for follower in self._followers:
@@ -158,21 +163,27 @@ class MemoryDecoding:
             try:
                 result = await do()
             except ServerError:
-                await self._settle(before, away=away)
+                self._settle(before)
+                await self._restore()
                 raise
             except BaseException:
-                self._state = replace(after, alive=self._state.alive)
+                self._settle(after)
                 raise
-            await self._settle(after, away=away)
+            self._settle(after)
+            await self._restore()
             return result
 
-    async def _settle(self, state: _State, *, away: bool) -> None:
-        was = self.enabled
+    def _settle(self, state: _State) -> None:
         self._state = replace(state, alive=self._state.alive)
-        if self.enabled and (away or not was):
+        self._away = False
+
+    async def _restore(self) -> None:
+        """Let followers come back, if the device answers; one that gives up here leaves it to the next."""
+        if self.enabled and self._out:
             async with trio.open_nursery() as nursery:
                 for follower in self._followers:
                     nursery.start_soon(follower.restore)
+            self._out = False
 
     def _zap(self) -> None:
         for follower in tuple(self._followers):

@@ -95,6 +95,7 @@ class FakeExporter:
         self.asked: list[bytes] = []
         self.watch: BarExport | None = None
         self.maps_seen: list[int] = []
+        self.silent = False
 
     async def serve(self, peer: Peer) -> None:
         try:
@@ -117,7 +118,8 @@ class FakeExporter:
         else:
             assert message.command == REGION_WRITE
             self.written.append(message.payload[16:])
-            peer.reply(message, message.payload[:16])
+            if not self.silent:
+                peer.reply(message, message.payload[:16])
 
 
 @contextmanager
@@ -516,6 +518,38 @@ async def test_mapped_again_after_it_was_revoked_it_has_the_same_data() -> None:
         assert os.pread(export.fd, 8, again.paddr) == before == b"the same"
         await switch_memory(session, MEMORY_OFF)
         assert (importer.told, export.maps) == (2, 0)
+
+
+async def test_one_who_did_not_wait_until_memory_is_on_leaves_importers_to_the_next(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with an_export() as (export, session, server):
+        importer = quick()
+        attached(export, importer)
+        await switch_memory(session, MEMORY_OFF)
+        server.silent = True
+        with trio.move_on_after(1):
+            await switch_memory(session, MEMORY_ON)
+        assert export.revoked
+        server.silent = False
+        await switch_memory(session, MEMORY_ON)
+        assert not export.revoked
+        assert importer.back == 1
+
+
+async def test_one_who_gave_up_switching_memory_off_can_switch_it_on() -> None:
+    async with an_export() as (export, session, server):
+        attachment = export.attach(Stubborn())
+        attachment.map()
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(switch_memory, session, MEMORY_OFF)
+                await trio.testing.wait_all_tasks_blocked()
+                scope.cancel()
+        assert (export.revoked, server.written) == (True, [])
+        await switch_memory(session, MEMORY_ON)
+        assert not export.revoked
+        attachment.unmap()
 
 
 async def test_nothing_is_restored_while_the_device_does_not_answer() -> None:
