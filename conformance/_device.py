@@ -23,6 +23,9 @@ INTERRUPT_LINE: Final = 0x3C
 COMMAND: Final = 0x04
 """The command register (PCI, "Device Control")."""
 
+MEMORY_SPACE: Final = 1 << 1
+"""Of the command register: whether the function answers in its BARs (PCI, "Memory Space Enable")."""
+
 BUS_MASTER: Final = 1 << 2
 """Of the command register: whether the function may do DMA (PCI, "Bus Master Enable")."""
 
@@ -146,6 +149,20 @@ async def config(peer: Peer) -> Region:
     if (await peer.ask(Command.REGION_READ, scratch_read())).refused:
         raise NotApplicable("PCI configuration space cannot be read")
     return found
+
+
+async def decode_memory(peer: Peer) -> None:
+    """Let the function answer in its BARs, as a driver would; whatever has no such register answers as it is.
+
+    A server may refuse accesses to BARs before, and its mappings fault, as those of the kernel's vfio-pci.
+    """
+    if (await device_info(peer)).num_regions <= RegionIndex.CONFIG:
+        return
+    asked = RegionAccess(COMMAND, RegionIndex.CONFIG, 2)
+    reply = await peer.ask(Command.REGION_READ, asked)
+    if not reply.refused:
+        command = int.from_bytes(reply.payload[RegionAccess.size :], "little") | MEMORY_SPACE
+        await peer.ask(Command.REGION_WRITE, asked.encode() + command.to_bytes(2, "little"))
 
 
 @asynccontextmanager

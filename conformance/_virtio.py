@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
-from conformance._device import BUS_MASTER, COMMAND, config, read, resettable, write
+from conformance._device import BUS_MASTER, COMMAND, MEMORY_SPACE, config, read, resettable, write
 from conformance._memory import IOVA, PAGE, Memory
 from conformance._peer import Peer
 from conformance.checks import NotApplicable, expect
@@ -19,9 +19,6 @@ from protocol.vfio import RegionIndex
 VENDOR: Final = 0x1AF4
 NETWORK: Final = 0x1041
 """Device id of a network device without legacy interface."""
-
-MEMORY_SPACE: Final = 1 << 1
-"""Of the command register: whether the function answers in its BARs."""
 
 ACKNOWLEDGE: Final = 1
 DRIVER: Final = 2

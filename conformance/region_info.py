@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from typing import Final
 
-from conformance._device import MOST_INDEXES, ROOM, Region, device_info, read, regions
+from conformance._device import MOST_INDEXES, ROOM, Region, decode_memory, device_info, read, regions
 from conformance._memory import PAGE
 from conformance._messages import split
 from conformance._peer import CAPABILITIES
@@ -187,6 +187,7 @@ async def mapping(server: Server) -> None:
     gives.
     """
     async with server.session() as peer:
+        await decode_memory(peer)
         tried = False
         for region in await regions(peer):
             for offset, length in _areas(region):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from conformance._device import config, device_info, read, regions
+from conformance._device import config, decode_memory, device_info, read, regions
 from conformance._memory import PAGE
 from conformance._messages import split
 from conformance._server import Server
@@ -51,6 +51,7 @@ async def of_mappable_regions(server: Server) -> None:
         mappable = [each for each in await regions(peer) if RegionFlags.MMAP in each.info.flags]
         if not mappable:
             raise NotApplicable("no region can be mapped")
+        await decode_memory(peer)
         for region in mappable:
             await read(peer, region.index, 0, min(region.length, PAGE))
 
@@ -59,6 +60,7 @@ async def of_mappable_regions(server: Server) -> None:
 async def of_the_largest_size(server: Server) -> None:
     """A read of max_data_xfer_size is done."""
     async with server.session() as peer:
+        await decode_memory(peer)
         most = peer.limit("max_data_xfer_size", DEFAULT_MAX_DATA_XFER_SIZE)
         for region in await regions(peer):
             if RegionFlags.MMAP in region.info.flags and not region.chain and region.length >= most:

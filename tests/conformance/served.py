@@ -8,6 +8,7 @@ from pathlib import Path
 
 import trio
 
+from device.revocation import Revocation
 from firmware import Nic
 from firmware.ports import open_port
 from server import serve
@@ -16,9 +17,9 @@ BAR2 = 1 << 20
 
 
 @asynccontextmanager
-async def served_card(path: Path) -> AsyncIterator[Nic]:
+async def served_card(path: Path, *, revocation: Revocation = Revocation.COOPERATIVE) -> AsyncIterator[Nic]:
     """A network card at `path`."""
-    nic = Nic(open_port("loopback"), name="card", bar2_size=BAR2)
+    nic = Nic(open_port("loopback"), name="card", bar2_size=BAR2, revocation=revocation)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(nic.run)
