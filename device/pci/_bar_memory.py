@@ -127,7 +127,6 @@ class Revocable:
         self._file.cut(self._shown)
         try:
             for start, end in self._aside.blocks(self._shown, length):
-                self._file.cut(end)
                 copy(self._aside, self._file, start, end)
                 self._aside.punch(start, end)
                 self._shown = end

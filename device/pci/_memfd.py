@@ -46,7 +46,13 @@ class Memfd:
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write `data`, but for what lies where the file has been shortened."""
         room = os.lseek(self._fd, 0, os.SEEK_END) - offset
-        left = memoryview(data)[: max(room, 0)]
+        self.put(offset, memoryview(data)[: max(room, 0)])
+
+    def put(self, offset: int, data: bytes | memoryview) -> None:
+        """Write all of `data`. Where that makes the file longer, mappings do not reach a byte before it is
+        there.
+        """
+        left = memoryview(data)
         while left:
             done = os.pwrite(self._fd, left, offset)
             left, offset = left[done:], offset + done
@@ -103,4 +109,4 @@ class Memfd:
 def copy(source: Memfd, target: Memfd, start: int, end: int) -> None:
     """What memory there is between `start` and `end`; OSError if there is no more for it."""
     for at, until in source.extents(start, end):
-        target.write(at, source.read(at, until - at))
+        target.put(at, source.read(at, until - at))

@@ -123,7 +123,8 @@ class MemoryBar:
         """The page at `offset` is lost: accesses to it are refused with EIO, and no mapping reaches it or
         what follows it. Only `repair` heals it.
 
-        DeviceError: EINVAL where there is no memory, EOPNOTSUPP if mappings cannot be taken away.
+        DeviceError: EINVAL where there is no memory, EOPNOTSUPP if mappings cannot be taken away; EIO as
+        `decode`.
         """
         if not 0 <= offset < self.backing:
             raise DeviceError(errno.EINVAL, f"BAR {self.index}: there is no memory at {offset:#x}")
@@ -131,8 +132,10 @@ class MemoryBar:
             raise DeviceError(errno.EOPNOTSUPP, f"BAR {self.index}: its memory is sealed")
         page = offset - offset % PAGE
         self._poisoned.add(page)
-        self.decode(self._decoded)
-        self._memory.forget(page, page + PAGE)
+        try:
+            self.decode(self._decoded)
+        finally:
+            self._memory.forget(page, page + PAGE)
 
     def repair(self) -> None:
         """Pages that were poisoned are zero, and answer again; DeviceError(EIO) as `decode`."""
