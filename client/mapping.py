@@ -149,11 +149,6 @@ class BarMapping:
         return self.region.fd
 
     @property
-    def decoding(self) -> MemoryDecoding | None:
-        """What it follows."""
-        return self._decoding
-
-    @property
     def state(self) -> MappingState:
         """Of all of it; MAPPED as soon as some of it is."""
         if not self._areas:

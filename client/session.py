@@ -170,8 +170,8 @@ class Session:
         A write to configuration space that takes the BARs away leaves when nobody uses them any more.
         """
         if index == RegionIndex.CONFIG:
-            write = partial(self._write_all, index, offset, data)
-            await self.decoding.around_write(offset, bytes(data), write)
+            data = bytes(data)
+            await self.decoding.around_write(offset, data, partial(self._write_all, index, offset, data))
         else:
             await self._write_all(index, offset, data)
 
@@ -201,8 +201,13 @@ class Session:
 
         While a slow server lets messages wait here, small writes are gathered into REGION_WRITE_MULTI if it
         understands that; their order among all messages stays that of the calls.
+
+        Raises ClientError for a write to configuration space that switches BARs which are in use: those who
+        use them would have to be waited for.
         """
         self._check()
+        if index == RegionIndex.CONFIG:
+            self.decoding.check_posted(offset, bytes(data))
         if not self._may_gather(index, offset, len(data)):
             self.post(Command.REGION_WRITE, RegionAccess(offset, index, len(data)), data)
             return
