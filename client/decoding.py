@@ -115,18 +115,20 @@ class MemoryDecoding:
 
     # what changes it
 
-    async def around_write(self, offset: int, data: bytes, write: Callable[[], Awaitable[T]]) -> T:
+    async def around_write(
+        self, offset: int, data: bytes, write: Callable[[], Awaitable[T]], *, whole: bool = True
+    ) -> T:
         """Call `write`, which writes `data` to configuration space, with everybody out of the BARs first if
         it takes them away. Raises what it raises, or what keeps somebody from letting go: an ExceptionGroup
         if there is more than one reason.
 
         A write that is given up, or whose answer makes no sense, may have been done or not: nobody comes back
-        until a later one succeeds. One that the server refuses was not done, if it fits into one message.
+        until a later one succeeds. One that the server refuses was not done, if it is `whole`: one message.
         """
         changes = _changes(offset, data, await self._known_capabilities(offset, data))
         if not changes:
             return await write()
-        return await self._around(changes, write, refusable=len(data) <= self._session.max_write)
+        return await self._around(changes, write, refusable=whole)
 
     async def around_reset(self, reset: Callable[[], Awaitable[T]]) -> T:
         """The same around DEVICE_RESET."""

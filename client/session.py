@@ -171,7 +171,8 @@ class Session:
         """
         if index == RegionIndex.CONFIG:
             data = bytes(data)
-            await self.decoding.around_write(offset, data, partial(self._write_all, index, offset, data))
+            write = partial(self._write_all, index, offset, data)
+            await self.decoding.around_write(offset, data, write, whole=len(data) <= self.max_write)
         else:
             await self._write_all(index, offset, data)
 
