@@ -29,12 +29,14 @@ from posix.mman cimport (
     munmap,
 )
 from posix.types cimport off_t
+from posix.unistd cimport close
 
 
 cdef extern from "<sys/mman.h>" nogil:
     int MAP_NORESERVE
 
 cdef extern from "_sigbus.h" nogil:
+    int BAR_SLOTS
     int bar_ones(uintptr_t start, uintptr_t end, int ones, size_t chunk)
     int bar_watch(uintptr_t start, size_t length, size_t page, int ones, size_t chunk)
     void bar_unwatch(int slot)
@@ -69,7 +71,7 @@ PAGE = _mmap.PAGESIZE
 MAX_SIZE = 1 << 46
 MAX_ONES_MAPS = 4096
 ONES_CHUNK = 2 << 20
-SLOTS = 4096
+SLOTS = BAR_SLOTS
 
 
 def place(base, align, offset):
@@ -102,7 +104,7 @@ cdef class _Ones:
 
     def __dealloc__(self):
         if self.fd >= 0:
-            os.close(self.fd)
+            close(self.fd)
 
 
 _all_ones = WeakValueDictionary()   # by size: one file serves everybody who can use it

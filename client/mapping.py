@@ -150,7 +150,7 @@ class BarMapping:
 
     @property
     def state(self) -> MappingState:
-        """Of all of it; MAPPED as soon as some of it is."""
+        """Of all of it; MAPPED as soon as some of it is, whatever the server has taken away since."""
         if not self._areas:
             return MappingState.UNMAPPED
         if not self._answered:
@@ -179,10 +179,10 @@ class BarMapping:
     def fault(self, offset: int | None = None, length: int | None = None) -> None:
         """Bring the areas of these bytes in, all by default, unless they are there.
 
-        Raises MappingError: EFAULT while the device does not answer, where its file is too short, or for what
-        no area has; EINVAL beyond the mapping; ENOMEM, ENOSPC.
+        Raises MappingError: EFAULT while the device does not answer, where its file is too short, for what is
+        in no area and after `close`; EINVAL for a file that is mapped in larger pages; ENOMEM, ENOSPC.
         """
-        if offset is None and length is None:
+        if offset is None and length is None and self._areas:
             for area in self._areas:
                 self._fault(area, area.start, area.end - area.start)
             return
@@ -357,6 +357,7 @@ class BarMapping:
         """
         self._areas = ()
         self._pages.close()
+        self._mapped_areas = ()
         self._following.close()
 
     def __enter__(self) -> Self:
