@@ -1,8 +1,9 @@
 """A driver in user space in a guest with a virtual IOMMU: the guest's own vfio-pci has the cards, its own
 type1 IOMMU maps memory and BARs for DMA, and QEMU passes all of that on to the card's server.
 
-The program runs once for all sentences here. The cards are served by our own engine alone: libvfio-user
-refuses the unmaps of such a QEMU and has too few windows for it (Limit.UNKNOWN_UNMAPS, Limit.DMA_WINDOWS).
+The program runs once for all sentences here, with either kind of revocation. The cards are served by our own
+engine alone: libvfio-user refuses the unmaps of such a QEMU, and has too few windows for it
+(Limit.UNKNOWN_UNMAPS, Limit.DMA_WINDOWS).
 """
 
 from __future__ import annotations
@@ -10,33 +11,39 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import pytest
 import trio
 
-from tests.conftest import cannot
+from device.revocation import Revocation
 from tests.guest import GuestResult, Root, boot
 from tests.guest._machine import accelerator
 from tests.guest.cards import serve_cards
-from tests.guest.vfio_driver import (
-    KERNEL_ARGS,
-    PROGRAM,
-    TAKE,
-    Step,
-    build,
-    iommu_arguments,
-    read_steps,
-)
-from tests.peers.cache import PeerError
+from tests.guest.programs import Step, program, read_steps
 
-SCRIPT = f"""{TAKE}
-take 0; a=$taken
-take 1; b=$taken
-{PROGRAM} bars $a
-{PROGRAM} interrupts $a
-{PROGRAM} frames $a
-{PROGRAM} peers $a $b
-{PROGRAM} churn $a
+IOMMU: Final = ["-device", "intel-iommu,intremap=on,caching-mode=on"]
+"""QEMU's arguments for a virtual IOMMU that tells the cards' servers of each mapping."""
+
+SPLIT_IRQCHIP: Final = ["-M", "kernel-irqchip=split"]
+"""What KVM needs beside them: the IOMMU remaps interrupts."""
+
+SCRIPT = """
+modprobe vfio-pci
+modprobe vfio_iommu_type1
+install -m 755 /run/files/vfio_driver /bin/vfio_driver
+a=$(card 0) b=$(card 1)
+for function in $a $b; do
+    echo vfio-pci > $function/driver_override
+    echo ${function##*/} > $function/driver/unbind
+    echo ${function##*/} > /sys/bus/pci/drivers_probe
+done
+a=${a##*/} b=${b##*/}
+vfio_driver bars $a
+vfio_driver interrupts $a
+vfio_driver frames $a
+vfio_driver peers $a $b
+vfio_driver churn $a
 tell end; await_host
 """
 
@@ -90,18 +97,18 @@ class Warnings(logging.Handler):
         self._kept.append(record.getMessage())
 
 
-async def _watch(root: Root, program: Path, folder: Path, story: Story) -> None:
+async def _watch(root: Root, revocation: Revocation, folder: Path, story: Story) -> None:
     accel = await accelerator(root)
     async with (
-        serve_cards(folder, ["loopback", "loopback"]) as cards,
+        serve_cards(folder, ["loopback", "loopback"], revocation=revocation) as cards,
         boot(
             SCRIPT,
             [card.socket for card in cards],
             root=root,
             accel=accel,
-            kernel_args=KERNEL_ARGS,
-            qemu_args=iommu_arguments(accel),
-            files={PROGRAM: program},
+            kernel_args="quiet intel_iommu=on",
+            qemu_args=[*IOMMU, *(SPLIT_IRQCHIP if accel == "kvm" else [])],
+            files={"vfio_driver": program("vfio_driver")},
             deadline=PATIENCE,
         ) as guest,
     ):
@@ -113,18 +120,16 @@ async def _watch(root: Root, program: Path, folder: Path, story: Story) -> None:
     story.steps = {step.name: step for step in read_steps(story.result.output)}
 
 
-@pytest.fixture(scope="module")
-def story(guest_root: Root, tmp_path_factory: pytest.TempPathFactory) -> Story:
+@pytest.fixture(scope="module", params=list(Revocation), ids=lambda way: way.value)
+def story(
+    guest_root: Root, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Story:
     """The program, run to its end in a guest with two cards."""
-    try:
-        program = build()
-    except PeerError as missing:
-        cannot(str(missing))
     told = Story()
     handler = Warnings(told.warnings)
     logging.getLogger().addHandler(handler)
     try:
-        trio.run(_watch, guest_root, program, tmp_path_factory.mktemp("vfio_driver"), told)
+        trio.run(_watch, guest_root, request.param, tmp_path_factory.mktemp("vfio_driver"), told)
     finally:
         logging.getLogger().removeHandler(handler)
     return told

@@ -20,7 +20,7 @@
 /* The channel to the host's test, which the guest's first process opened for all. */
 enum { CHANNEL = 8 };
 
-static void __attribute__((format(printf, 3, 4))) step(const char *name, bool good, const char *format, ...)
+static inline void __attribute__((format(printf, 3, 4))) step(const char *name, bool good, const char *format, ...)
 {
     va_list arguments;
 
@@ -33,7 +33,7 @@ static void __attribute__((format(printf, 3, 4))) step(const char *name, bool go
 }
 
 /* Something without which the rest makes no sense: it is told, as a step, only where it fails. */
-static void demand(const char *name, bool good)
+static inline void demand(const char *name, bool good)
 {
     if (good)
         return;
@@ -42,13 +42,13 @@ static void demand(const char *name, bool good)
 }
 
 /* A call that has to be refused with one error. */
-static void refused(const char *name, long got, int expected)
+static inline void refused(const char *name, long got, int expected)
 {
     step(name, got < 0 && errno == expected, "%s", got < 0 ? strerrorname_np(errno) : "not refused");
 }
 
 /* Let the host look while things are as they are. */
-static void show_host(const char *what)
+static inline void show_host(const char *what)
 {
     char answer;
 
@@ -58,7 +58,7 @@ static void show_host(const char *what)
         ;
 }
 
-static uint64_t now_ns(void)
+static inline uint64_t now_ns(void)
 {
     struct timespec time;
 
