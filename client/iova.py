@@ -35,12 +35,14 @@ class IovaSpace:
     beginning of the smallest gap that it fits into, the lowest of several.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = FIRST) -> None:
+        """What is not asked for lies at `first` or beyond."""
+        self._first = first
         self._used: Spans[None] = Spans()
         self._gaps: Spans[None] = Spans()
         self._sizes: SortedList[tuple[int, int]] = SortedList()
         """The gaps by (size, start)."""
-        self._open(FIRST, LAST)
+        self._open(first, LAST)
         for start, end in HOLES:
             self._use(start, end)
 
@@ -50,10 +52,14 @@ class IovaSpace:
             at = self._find(length, align)
             if at is None:
                 raise ClientError(f"no {length:#x} I/O addresses are free")
-        elif self._used.overlap(at, at + length):
+        elif self.in_use(at, length):
             raise ClientError(f"I/O addresses {at:#x}+{length:#x} are in use")
         self._use(at, at + length)
         return at
+
+    def in_use(self, start: int, length: int) -> bool:
+        """Whether any of these is."""
+        return self._used.overlap(start, start + length)
 
     def give(self, start: int, length: int) -> None:
         """Take back what `take` gave; raises ValueError for anything else."""
@@ -61,7 +67,7 @@ class IovaSpace:
         if found is None or found[:2] != (start, start + length):
             raise ValueError(f"{start:#x}+{length:#x} was not handed out")
         self._used.remove(start)
-        self._open(max(start, FIRST), min(start + length, LAST))
+        self._open(max(start, self._first), min(start + length, LAST))
 
     def _find(self, length: int, align: int) -> int | None:
         tight = islice(self._sizes.irange((length, 0), (length + align - 1, 0)), TIGHT_FITS)
