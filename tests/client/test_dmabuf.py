@@ -504,6 +504,28 @@ async def test_two_who_revoke_at_once_both_wait_for_the_last_map() -> None:
         assert (done, slow.told) == ([0, 0], 1)
 
 
+async def test_who_revokes_last_is_obeyed() -> None:
+    class Hesitant(Stubborn):
+        def __init__(self) -> None:
+            super().__init__()
+            self.comes_back = trio.Event()
+
+        async def moved(self) -> None:
+            await self.comes_back.wait()
+
+    async with an_export() as (export, _, _):
+        importer = Hesitant()
+        export.attach(importer)
+        await export.revoke()
+        async with trio.open_nursery() as nursery:
+            for change in (export.restore, export.restore, export.revoke):
+                nursery.start_soon(change)
+                await trio.testing.wait_all_tasks_blocked()
+            importer.comes_back.set()
+        assert export.revoked
+        assert importer.told == 2
+
+
 async def test_mapped_again_after_it_was_revoked_it_has_the_same_data() -> None:
     async with an_export() as (export, session, server):
         importer = quick()
