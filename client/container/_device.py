@@ -61,9 +61,10 @@ class Device:
         if any(number % page for number in numbers):
             raise ContainerError(EINVAL, f"the server's pages are of {page:#x} bytes")
 
-    def holds(self, iova: int) -> bool:
-        """Whether the server has, or may have, what is mapped there."""
-        return iova in self._held
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Where the server has, or may have, something mapped."""
+        return tuple(self._held)
 
     async def take(self, iova: int, size: int, reach: Reach, flags: DmaMapFlags) -> None:
         """Map it. Raises ContainerError, and the server has nothing of it then; only where it answered with

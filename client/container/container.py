@@ -12,10 +12,9 @@ up waiting. A server that cannot map a descriptor reaches the memory by message.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
-from errno import EAGAIN, EBUSY, EINVAL, ENODEV, ENOSPC
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
+from errno import EBUSY, EINVAL, ENODEV, ENOSPC
 from functools import partial
 from typing import Final, TypeVar
 
@@ -27,6 +26,7 @@ from client.container._checks import Place, check_place, check_range, selected
 from client.container._device import Device
 from client.container._following import Following
 from client.container._jobs import carry_through
+from client.container._placing import Placing
 from client.container._sources import ExportListener, source_of
 from client.container.backing import Backing, PageRef
 from client.container.dirty import DirtyTracking
@@ -34,7 +34,6 @@ from client.container.entry import Entry
 from client.container.errors import ContainerError
 from client.container.limits import (
     DMA_ENTRY_LIMIT,
-    FAULT_TRIES,
     FIRST_FREE,
     PAGE,
     RLIMIT,
@@ -52,8 +51,6 @@ from protocol.vfio import DmaMapFlags
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
-
 
 class Container:
     """Made by `open_container`. What waits here may be cancelled: a mapping that is given up is taken back,
@@ -67,9 +64,9 @@ class Container:
         self._lock = trio.Lock()
         self._entries: Spans[Entry] = Spans()
         self._addresses = IovaSpace(FIRST_FREE)
-        self._devices: dict[Session, Device] = {}
-        self._shields: set[trio.CancelScope] = set()
         self._locked = LockedMemory(locked_limit)
+        self._placing = Placing(self._locked)
+        self._devices = self._placing.devices
         self._pinning = Pinning(mode.rules, self._entries, self._locked)
         self._following = Following(self._zapped, self._revoke, self._restore)
         self.dirty = DirtyTracking(self._entries, self._pinning, self._devices.values)
@@ -116,8 +113,8 @@ class Container:
                     if entry.reach is not None:
                         await device.take(entry.iova, entry.size, entry.reach, entry.flags)
             except BaseException:
-                with self._shielded(), suppress(ContainerError):
-                    await self._part(device)
+                with self._placing.shielded(), suppress(ContainerError):
+                    await self._placing.part(device)
                 raise
             self._nursery.start_soon(self._watch, device)
 
@@ -133,20 +130,7 @@ class Container:
                 raise ContainerError(ENODEV, "the device is not attached")
             device = self._devices[session]
             device.watching.cancel()
-            await self._part(device)
-
-    async def _part(self, device: Device) -> None:
-        """Take everything back from a device; what it does not give is told when all was tried."""
-        refusal: ContainerError | None = None
-        for entry in self._entries:
-            try:
-                await device.let_go(entry.iova)
-            except ContainerError as error:
-                refusal = refusal or error
-        del self._devices[device.session]
-        self._locked.attached = bool(self._devices)
-        if refusal is not None:
-            raise refusal
+            await self._placing.part(device)
 
     async def _watch(self, device: Device) -> None:
         """A session that ended is not attached any more."""
@@ -157,7 +141,7 @@ class Container:
     async def _forget(self, device: Device) -> None:
         async with self._lock:
             if self._devices.get(device.session) is device:
-                await self._part(device)
+                await self._placing.part(device)
 
     # mappings
 
@@ -208,7 +192,7 @@ class Container:
             source.open(ExportListener(partial(self._revoke, (entry,)), partial(self._moved, entry)))
             self._add(entry)
             try:
-                await self._place(entry)
+                await self._placing.place(entry)
             except BaseException:
                 self._remove(entry)
                 raise
@@ -251,50 +235,6 @@ class Container:
         entry.source.close()
         entry.change(present=False, mapped=False)
 
-    async def _place(self, entry: Entry) -> None:
-        """Give it to every device, as it is when the last of them has answered; or to none."""
-        for _ in range(FAULT_TRIES):
-            try:
-                reach = entry.reach = entry.source.reach(entry.flags)
-                for device in tuple(self._devices.values()):
-                    await device.take(entry.iova, entry.size, reach, entry.flags)
-            except BaseException:
-                with self._shielded():
-                    await self._displace(entry)
-                raise
-            if entry.source.current(reach):
-                entry.change(present=True)
-                return
-            with self._shielded():
-                await self._displace(entry)
-        raise ContainerError(EAGAIN, "the BAR comes and goes all the time")
-
-    async def _displace(self, entry: Entry, *, must: bool = False) -> ContainerError | None:
-        """Take it back from every device; from all but those that refuse, whose refusal is returned, unless
-        they `must`.
-        """
-        refusal: ContainerError | None = None
-        try:
-            for device in tuple(self._devices.values()):
-                try:
-                    await (device.must_let_go if must else device.let_go)(entry.iova)
-                except ContainerError as error:
-                    log.warning("%s, so the address %#x stays taken there", error, entry.iova)
-                    refusal = error
-        finally:
-            entry.source.leave()
-            entry.reach = None
-            entry.change(present=False)
-        return refusal
-
-    async def _return(self, entry: Entry) -> None:
-        """Give it to every device again; one that cannot come back says so."""
-        try:
-            await self._place(entry)
-        except ContainerError as error:
-            log.warning("what was mapped at %#x does not come back: %s", entry.iova, error)
-            entry.change(error=error)
-
     async def unmap(self, iova: int, size: int) -> int:
         """Take back what is mapped in a range; how many bytes of it there were. No device uses any of it when
         this returns.
@@ -313,7 +253,7 @@ class Container:
         refusals: list[ContainerError] = []
 
         async def displace(entry: Entry) -> None:
-            if (refusal := await self._displace(entry)) is not None:
+            if (refusal := await self._placing.displace(entry)) is not None:
                 refusals.append(refusal)
 
         async with trio.open_nursery() as nursery:
@@ -321,7 +261,7 @@ class Container:
                 nursery.start_soon(displace, entry)
         if refusals:
             for entry in there:
-                await self._return(entry)
+                await self._placing.bring_back(entry)
             raise refusals[0]
         for entry in entries:
             self._remove(entry)
@@ -356,17 +296,17 @@ class Container:
         if entry.flags == flags:
             return
         old, there = entry.flags, entry.present
-        if there and (refusal := await self._displace(entry)) is not None:
-            await self._return(entry)
+        if there and (refusal := await self._placing.displace(entry)) is not None:
+            await self._placing.bring_back(entry)
             raise refusal
         entry.flags = flags
         if not there:
             return
         try:
-            await self._place(entry)
+            await self._placing.place(entry)
         except ContainerError:
             entry.flags = old
-            await self._return(entry)
+            await self._placing.bring_back(entry)
             raise
 
     async def _unpinned(self, iova: int, size: int, do: Callable[[Sequence[Entry]], Awaitable[int]]) -> int:
@@ -406,7 +346,7 @@ class Container:
         async with self._lock, trio.open_nursery() as nursery:
             for entry in entries:
                 if entry.reach is not None and not entry.source.current(entry.reach):
-                    nursery.start_soon(partial(self._displace, entry, must=True))
+                    nursery.start_soon(partial(self._placing.displace, entry, must=True))
 
     async def _restore(self, entries: Collection[Entry]) -> None:
         await self._carry_through(partial(self._bring_back, entries))
@@ -415,7 +355,7 @@ class Container:
         async with self._lock:
             for entry in entries:
                 if entry.mapped and not entry.present:
-                    await self._return(entry)
+                    await self._placing.bring_back(entry)
 
     async def _moved(self, entry: Entry) -> None:
         """The export of a BAR may be mapped again."""
@@ -458,16 +398,6 @@ class Container:
     async def _carry_through(self, work: Callable[[], Awaitable[T]], *, revocable: bool = False) -> T:
         return await carry_through(self._nursery, work, revocable=revocable)
 
-    @contextmanager
-    def _shielded(self) -> Iterator[None]:
-        """What undoes something is not cancelled, until the container is closed and has waited for it."""
-        with trio.CancelScope(shield=True) as scope:
-            self._shields.add(scope)
-            try:
-                yield
-            finally:
-                self._shields.remove(scope)
-
     async def close(self) -> None:
         """Detach all devices and unmap everything. Servers get UNMAP_TIMEOUT seconds to answer; what they do
         not let go of stays taken in their sessions.
@@ -476,9 +406,8 @@ class Container:
             async with self._lock:
                 for device in tuple(self._devices.values()):
                     with suppress(ContainerError):
-                        await self._part(device)
-        for scope in self._shields:
-            scope.cancel()
+                        await self._placing.part(device)
+        self._placing.give_up()
         for entry in self._entries:
             self._remove(entry)
 

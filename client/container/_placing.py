@@ -1,0 +1,102 @@
+"""Gives mappings to devices and takes them back: to and from all, or none."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import EAGAIN
+
+import trio
+
+from client.container._device import Device
+from client.container.entry import Entry
+from client.container.errors import ContainerError
+from client.container.limits import FAULT_TRIES, LockedMemory
+from client.session import Session
+
+log = logging.getLogger(__name__)
+
+
+class Placing:
+    """One container's; whoever calls it has the container's lock."""
+
+    def __init__(self, locked: LockedMemory) -> None:
+        self.devices: dict[Session, Device] = {}
+        """Those that are attached."""
+        self._locked = locked
+        self._shields: set[trio.CancelScope] = set()
+        self._over = False
+
+    async def part(self, device: Device) -> None:
+        """Take everything back from a device; what it does not give is told when all was tried."""
+        refusal: ContainerError | None = None
+        for iova in device.held:
+            try:
+                await device.let_go(iova)
+            except ContainerError as error:
+                refusal = refusal or error
+        del self.devices[device.session]
+        self._locked.attached = bool(self.devices)
+        if refusal is not None:
+            raise refusal
+
+    async def place(self, entry: Entry) -> None:
+        """Give it to every device, as it is when the last of them has answered; or to none."""
+        for _ in range(FAULT_TRIES):
+            try:
+                reach = entry.reach = entry.source.reach(entry.flags)
+                for device in tuple(self.devices.values()):
+                    await device.take(entry.iova, entry.size, reach, entry.flags)
+            except BaseException:
+                with self.shielded():
+                    await self.displace(entry)
+                raise
+            if entry.source.current(reach):
+                entry.change(present=True)
+                return
+            with self.shielded():
+                await self.displace(entry)
+        raise ContainerError(EAGAIN, "the BAR comes and goes all the time")
+
+    async def displace(self, entry: Entry, *, must: bool = False) -> ContainerError | None:
+        """Take it back from every device; from all but those that refuse, whose refusal is returned, unless
+        they `must`.
+        """
+        refusal: ContainerError | None = None
+        try:
+            for device in tuple(self.devices.values()):
+                try:
+                    await (device.must_let_go if must else device.let_go)(entry.iova)
+                except ContainerError as error:
+                    log.warning("%s, so the address %#x stays taken there", error, entry.iova)
+                    refusal = error
+        finally:
+            entry.source.leave()
+            entry.reach = None
+            entry.change(present=False)
+        return refusal
+
+    async def bring_back(self, entry: Entry) -> None:
+        """Give it to every device again; one that cannot come back says so."""
+        try:
+            await self.place(entry)
+        except ContainerError as error:
+            log.warning("what was mapped at %#x does not come back: %s", entry.iova, error)
+            entry.change(error=error)
+
+    @contextmanager
+    def shielded(self) -> Iterator[None]:
+        """What undoes something is not cancelled, until the container is closed and has waited for it."""
+        with trio.CancelScope(shield=not self._over) as scope:
+            self._shields.add(scope)
+            try:
+                yield
+            finally:
+                self._shields.remove(scope)
+
+    def give_up(self) -> None:
+        """Nothing more is waited for."""
+        self._over = True
+        for scope in self._shields:
+            scope.cancel()
