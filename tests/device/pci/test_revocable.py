@@ -204,6 +204,18 @@ def test_a_client_that_cuts_the_file_harms_itself_alone(bar: MemoryBar, client: 
     assert (client.load(0), client.load(2 * PAGE)) == (b"x", b"\0")
 
 
+def test_what_was_kept_aside_once_does_not_come_back_for_what_a_client_took_away(
+    bar: MemoryBar, client: Mapping
+) -> None:
+    client.store(PAGE, b"old")
+    bar.decode(False)
+    bar.decode(True)
+    os.ftruncate(bar.fd, 0)
+    bar.decode(False)
+    bar.decode(True)
+    assert client.load(PAGE, 3) == bytes(3)
+
+
 def test_a_client_that_makes_the_file_longer_gains_nothing(bar: MemoryBar, client: Mapping) -> None:
     os.ftruncate(bar.fd, 4 * SIZE)
     os.pwrite(bar.fd, b"x" * PAGE, 3 * SIZE)
