@@ -2,11 +2,14 @@
 """The files behind DMA windows: each is mapped once, whole, however many windows point into it.
 
 A client may truncate a file that it shares: see _sigbus.h. What it has truncated is lost, and says so.
+
+A mapping goes with the last window on it, unless somebody keeps it: then it stays, guarded, until nobody does.
 """
 
 import errno
 import os
 
+cimport cython
 from libc.errno cimport errno as c_errno
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -20,11 +23,14 @@ from device.errors import DeviceError
 
 cdef extern from "<sys/mman.h>" nogil:
     int MAP_NORESERVE
+    int MREMAP_MAYMOVE
+    void *mremap(void *start, size_t length, size_t new_length, int flags)
 
 cdef extern from "_sigbus.h" nogil:
     int trionic_guard_add(void *start, size_t length, size_t page)
     void trionic_guard_remove(int slot)
     const int *trionic_guard_lost(int slot)
+    size_t trionic_guard_page(int slot)
 
 cdef extern from "_filesystems.h" nogil:
     bint trionic_is_local(int fd)
@@ -37,10 +43,27 @@ MAX_MAPPED = 1 << 43            # bytes of them: 8 TiB, of the 128 TiB that a pr
 NO_GUARD = "no guard left for more shared memory"
 
 
+cdef class Mapping:
+    """Memory that is unmapped with this object."""
+
+    def __dealloc__(self):
+        trionic_guard_remove(self.guard)
+        munmap(self.start, self.length)
+
+
+cdef Mapping _mapping(uint8_t *start, uint64_t length, int guard):
+    """Which owns the memory and its guard from now on."""
+    mapping = Mapping()
+    mapping.start, mapping.length, mapping.guard = start, length, guard
+    return mapping
+
+
+@cython.no_gc
 cdef class SharedFiles:
     """Those of one card's windows."""
 
     def __cinit__(self):
+        self._kept = {}
         self.backings = <Backing *> calloc(MAX_BACKINGS, sizeof(Backing))
         if self.backings == NULL:
             raise MemoryError
@@ -147,8 +170,7 @@ cdef class SharedFiles:
         if guard < 0:
             munmap(start, length)
             raise DeviceError(errno.ENOSPC, NO_GUARD)
-        trionic_guard_remove(b.guard)
-        munmap(b.start, b.length)
+        self._let_go(index)
         b.start, b.length, b.guard, b.lost = <uint8_t *> start, length, guard, trionic_guard_lost(guard)
         return 0
 
@@ -157,9 +179,24 @@ cdef class SharedFiles:
         cdef Backing *b = &self.backings[index]
         b.references -= 1
         if b.references == 0:
+            self._let_go(index)
+            b.start = NULL
+
+    cdef void _let_go(self, int index) noexcept:
+        """Of the backing's memory, which is another one from now on, or none."""
+        cdef Backing *b = &self.backings[index]
+        if index in self._kept:
+            del self._kept[index]
+        else:
             trionic_guard_remove(b.guard)
             munmap(b.start, b.length)
-            b.start = NULL
+
+    cdef Mapping keep(self, int index):
+        """The backing's memory, which stays for as long as the object does."""
+        cdef Backing *b = &self.backings[index]
+        if index not in self._kept:
+            self._kept[index] = _mapping(b.start, b.length, b.guard)
+        return self._kept[index]
 
     # --- memory that somebody else mapped
 
@@ -175,6 +212,24 @@ cdef class SharedFiles:
 
     cdef const int *lost_flag(self, int guard) noexcept nogil:
         return trionic_guard_lost(guard)
+
+    cdef size_t page_size(self, int guard) noexcept:
+        """Bytes of a page of what is guarded."""
+        return trionic_guard_page(guard)
+
+    cdef Mapping keep_copy(self, uint8_t *start, uint64_t length, size_t page):
+        """The same pages, whole ones, mapped a second time. DeviceError(EOPNOTSUPP) where Linux cannot:
+        memory that is not shared, and huge pages (mm/mremap.c).
+        """
+        cdef void *copy = mremap(start, 0, length, MREMAP_MAYMOVE)
+        cdef int guard
+        if copy == MAP_FAILED:
+            raise DeviceError(errno.EOPNOTSUPP, f"memory that is lent cannot be kept: {os.strerror(c_errno)}")
+        guard = trionic_guard_add(copy, length, page)
+        if guard < 0:
+            munmap(copy, length)
+            raise DeviceError(errno.ENOSPC, NO_GUARD)
+        return _mapping(<uint8_t *> copy, length, guard)
 
     cdef int lost(self):
         """How many files have lost pages."""

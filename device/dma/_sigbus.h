@@ -86,5 +86,10 @@ static const int *trionic_guard_lost(int slot)
     return &trionic_guards[slot].lost;
 }
 
+/* The bytes of a page of the mapping. */
+static size_t trionic_guard_page(int slot)
+{
+    return trionic_guards[slot].page;
+}
 
 #endif

@@ -3,6 +3,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from device._gate cimport Gate
 from device.dma._dirty cimport DirtyLog
 from device.dma._files cimport Backing, SharedFiles
+from device.dma._pins cimport Pins
 from device.dma._table cimport Window, WindowTable
 
 
@@ -37,8 +38,8 @@ cdef class DmaWindows:
     cdef public object on_map
     cdef readonly bint logging              # every write to the client's memory is to be marked
     cdef DirtyLog _log
+    cdef readonly Pins pins
     # by message
-    cdef public Gate gate
     cdef object _remote
     cdef bint _answering                    # there is a remote, and it has not said that its client is gone
     cdef uint64_t _remote_limit

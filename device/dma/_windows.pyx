@@ -25,6 +25,7 @@ from libc.string cimport memcpy
 from device._gate cimport Gate
 from device.dma._dirty cimport DirtyLog
 from device.dma._files cimport Backing, SharedFiles
+from device.dma._pins cimport Pin, Pins
 from device.dma._table cimport Place, Window, WindowTable
 
 from device.dma.remote import UnwantedError
@@ -75,6 +76,16 @@ cdef class DmaWindows:
         self._files = SharedFiles()
         self._backings = self._files.backings
         self._table = WindowTable()
+        self.pins = Pins(self._table, self._files)
+
+    @property
+    def gate(self):
+        """The card's, or None while there is no card."""
+        return self.pins.gate
+
+    @gate.setter
+    def gate(self, Gate gate):
+        self.pins.gate = gate
 
     def __len__(self):
         return self._table.count
@@ -162,11 +173,24 @@ cdef class DmaWindows:
             self.on_map()
         return 0
 
+    def pin(self, uint64_t iova, uint64_t length, uint32_t prot, str who not None):
+        """Hold these bytes for `who` (a name for people) to read (1) or write (2): a Pin with views of them.
+
+        Until it is released nothing of it is unmapped; a holder who waits for the client meanwhile waits for
+        one that waits for him. Raises DeviceError: EINVAL (no bytes, no permissions), EFAULT (not in windows
+        that allow it), EOPNOTSUPP (in windows without memory here, or memory that others mapped and that
+        cannot be kept), EAGAIN (about to go), ENOSPC and ENOMEM (MAX_PINS, MAX_PINNED_PAGES).
+        """
+        cdef Pin pin = self.pins.take([(iova, length, prot)], who)
+        self.pins.lend_views(pin)
+        return pin
+
     def unmap(self, uint64_t iova, uint64_t size):
         """Remove every window inside the span; returns the number of bytes that were mapped.
 
         A span that matches nothing removes nothing and is no error: clients with a vIOMMU send such spans.
-        Raises DeviceError(EINVAL) when the span is empty, wraps, or would cut a window in two.
+        Raises DeviceError(EINVAL) when the span is empty, wraps, or would cut a window in two; PinnedError
+        while something in it is pinned.
         """
         cdef uint64_t last = iova + size - 1
         cdef uint64_t total = 0
@@ -185,6 +209,7 @@ cdef class DmaWindows:
         if w.iova < iova or at_last.last > last:
             cut = w.iova if w.iova < iova else at_last.iova
             raise DeviceError(errno.EINVAL, f"unmapping {iova:#x}+{size:#x} would cut the window at {cut:#x}")
+        self.pins.check(iova, last)
         end = start
         while w != NULL and w.iova <= last:
             total += w.last - w.iova + 1
@@ -196,10 +221,11 @@ cdef class DmaWindows:
         return total
 
     def unmap_all(self):
-        """Remove every window; returns how many there were."""
+        """Remove every window, and revoke the pins; returns how many windows there were."""
         cdef Place at = self._table.place(0)
         cdef Window *w = self._table.row(&at)
         count = self._table.count
+        self.pins.revoke()
         while w != NULL:
             self._forget(w)
             w = self._table.after(&at)
@@ -264,18 +290,19 @@ cdef class DmaWindows:
         """
         log = DirtyLog()
         log.report(0, page_size, page_size)
-        self._log = log
+        self._log = self.pins.log = log
         self.logging = True
 
     def log_stop(self):
         """Log no more, and forget what was logged."""
         self.logging = False
-        self._log = None
+        self._log = self.pins.log = None
 
     def log_report(self, uint64_t iova, uint64_t length, uint64_t page_size):
         """DirtyLog.report; DeviceError(EINVAL) also while nothing is logged."""
         if not self.logging:
             raise DeviceError(errno.EINVAL, "no writes are logged")
+        self.pins.mark_held()
         return self._log.report(iova, length, page_size)
 
     cdef void mark(self, uint64_t iova, uint64_t length) noexcept nogil:
@@ -430,7 +457,7 @@ cdef class DmaWindows:
 
     cdef int _ask(self, uint64_t iova, uint64_t length, uint8_t *target, const uint8_t *source) except 1:
         cdef uint64_t epoch = self.epoch
-        cdef Gate gate = self.gate
+        cdef Gate gate = self.pins.gate
         cdef int depth, fault = FAULT_NONE
         remote = self._remote
         data = None if source == NULL else PyBytes_FromStringAndSize(<const char *> source, length)
