@@ -51,19 +51,19 @@ class ControlQueue:
         """Execute what is available; returns whether the driver wants an interrupt.
 
         A driver that keeps adding commands is served a ringful; then `unfinished` is set, and it is for the
-        caller to come back. So it is when the card changed while the client was asked for its memory: a
-        command that was not answered will be executed again, unless the driver has taken the queue away. The
-        caller holds the gate. A broken queue raises DeviceError(EIO); a chain without room for the answer
-        raises DeviceError(EINVAL).
+        caller to come back. So it is when the card changed while the client was asked for its memory, and when
+        that is about to go: a command that was not answered will be executed again, unless the driver has
+        taken the queue away. The caller holds the gate. A broken queue raises DeviceError(EIO); a chain
+        without room for the answer raises DeviceError(EINVAL).
         """
         self.unfinished = False
         self._interrupt = False
         try:
             self.unfinished = self._execute_all()
         except DeviceError as error:
-            if error.errno not in (errno.ECANCELED, errno.ENOTCONN):
-                raise
             self.queue.give_chains_back()
+            if error.errno not in (errno.ECANCELED, errno.ENOTCONN, errno.EAGAIN):
+                raise
             self.unfinished = True
         return self._interrupt
 

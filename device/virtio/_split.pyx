@@ -1,6 +1,11 @@
 # cython: language_level=3
 """A split virtqueue in the device (virtio 1.3, 2.7): its life, and what devices written in Python do with it.
 
+A chain that `pop` gives is in flight until it is pushed or given back, and its memory is pinned so long: the
+client's DMA_UNMAP waits for it. The data path (firmware) takes no pins. It pops, moves the bytes and pushes
+within one stay in the gate, through which nothing is unmapped, and where it lets the gate go, to ask the
+client, it keeps no pointer over that: it looks everything up again, or is disturbed (`DmaWindows.epoch`).
+
 Callers hold the card's gate, and are one at a time for each queue.
 """
 
@@ -8,7 +13,8 @@ import errno
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from device.dma._windows cimport DmaWindows
+from device.dma._pins cimport Pin
+from device.dma._windows cimport DMA_READ, DMA_WRITE, DmaWindows
 from device.virtio._rings cimport BROKEN, DISTURBED, MAX_SEGMENTS, OWED_ROOM, Chain, Rings
 
 from device.errors import DeviceError
@@ -22,6 +28,9 @@ MAX_CHAIN = MAX_SEGMENTS    # descriptors in a chain: UIO_MAXIOV, what readv and
 
 cdef class VirtQueue(Rings):
     """Queue `index` of a device, at most `max_size` (a power of two) descriptors deep."""
+
+    def __cinit__(self, *args, **kwargs):
+        self._pins = set()
 
     def __init__(self, DmaWindows dma not None, int index, uint16_t max_size):
         if max_size == 0 or max_size & (max_size - 1) or max_size > MAX_QUEUE_SIZE:
@@ -84,6 +93,7 @@ cdef class VirtQueue(Rings):
 
     cdef void _changed(self) noexcept:
         """Whoever waits for the client on this queue's behalf is to leave it alone."""
+        self._let_go()
         self.give_back()
         self.epoch += 1
         self.dma.disturb()
@@ -121,15 +131,40 @@ cdef class VirtQueue(Rings):
     def pop(self):
         """The next available chain as a DescriptorChain, or None.
 
-        DeviceError: EIO when the queue is broken; ECANCELED when the card changed while the client was asked
-        for the rings.
+        Its memory is pinned, if all of it, and the rings, are in this process: whoever has to ask the client
+        for a part cannot make him wait. DeviceError: EIO when the queue is broken; ECANCELED when the card
+        changed while the client was asked for the rings. Of a chain whose memory is about to go, or is more
+        than can be pinned, those of DmaWindows.pin (EAGAIN, ENOSPC, ENOMEM): it stays available.
         """
         cdef int got = self._checked(self.pop_chain(&self._chain))
         if got == 0:
             return None
         cdef Chain *c = &self._chain
         segments = [(c.segment[i].address, c.segment[i].length) for i in range(c.segments)]
-        return DescriptorChain(self.dma, self.epoch, c.head, segments[:c.readable], segments[c.readable:])
+        readable, writable = segments[:c.readable], segments[c.readable:]
+        pin = self._hold([(address, length, DMA_READ) for address, length in readable]
+                         + [(address, length, DMA_WRITE) for address, length in writable])
+        return DescriptorChain(self.dma, self.epoch, c.head, readable, writable, pin)
+
+    cdef object _hold(self, list spans):
+        """The pin of the chain that was popped last, or None."""
+        if self._copied:
+            return None
+        try:
+            pin = self.dma.pins.take(spans, f"queue {self.index}")
+        except DeviceError as error:
+            if error.errno in (errno.EFAULT, errno.EOPNOTSUPP):
+                return None                 # no memory of this process: whoever uses the chain finds that out
+            self.next_avail -= 1
+            self._popped -= 1
+            raise
+        self._pins.add(pin)
+        return pin
+
+    cdef void _let_go(self) noexcept:
+        for pin in self._pins:
+            (<Pin> pin).release()
+        self._pins.clear()
 
     def push(self, chain, uint32_t written=0):
         """Hand `chain` back with `written` bytes in it; returns whether the driver wants an interrupt.
@@ -137,10 +172,14 @@ cdef class VirtQueue(Rings):
         A chain of rings that the driver has taken away since is forgotten. DeviceError as for `pop`; with
         ECANCELED the chain is handed back by the next push or settle. ENOBUFS when too many wait for that.
         """
-        if chain.epoch != self.epoch or not self.enabled or self._fault:
-            return False
-        if self.owed_count == OWED_ROOM:
+        cdef bint known = chain.epoch == self.epoch and self.enabled and not self._fault
+        if known and self.owed_count == OWED_ROOM:
             raise DeviceError(errno.ENOBUFS, f"queue {self.index}: {OWED_ROOM} chains wait for the rings")
+        if chain.pin is not None:
+            chain.pin.release()
+            self._pins.discard(chain.pin)
+        if not known:
+            return False
         self.push_used(chain.head, written)
         return self.settle()
 
@@ -150,6 +189,7 @@ cdef class VirtQueue(Rings):
 
     def give_chains_back(self):
         """Forget every chain that was popped and not pushed: they will be popped again."""
+        self._let_go()
         self.give_back()
 
     def _checked(self, int got):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from device.dma import DmaWindows
+from device.dma import DmaWindows, Pin
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -14,9 +14,10 @@ class DescriptorChain:
     """A popped chain: `readable` and `writable` are its segments as (address, length).
 
     Every access goes through the DMA windows of that moment, so a chain may be held while windows change.
+    Those that hold its memory do not, for as long as the queue has a `pin` for it (VirtQueue.pop).
     """
 
-    __slots__ = ("_dma", "epoch", "head", "readable", "writable")
+    __slots__ = ("_dma", "epoch", "head", "pin", "readable", "writable")
 
     def __init__(
         self,
@@ -25,12 +26,14 @@ class DescriptorChain:
         head: int,
         readable: list[tuple[int, int]],
         writable: list[tuple[int, int]],
+        pin: Pin | None = None,
     ) -> None:
         self._dma = dma
         self.epoch = epoch
         self.head = head
         self.readable = readable
         self.writable = writable
+        self.pin = pin
 
     def read(self) -> bytes:
         """All device-readable bytes; raises DeviceError as DmaWindows.read does."""

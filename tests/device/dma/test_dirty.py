@@ -195,7 +195,7 @@ def test_what_the_device_writes_into_a_ring_is_logged(by_message: bool, event_in
         it.ring.avail_index = 600
         address = memory.allocate(4)
         for _ in range(2):
-            it.ring.add([(address, 4, True)])
+            it.ring.add([(address, 4, False)])
         dma.log_start(LOG_PAGE)
         chain = it.queue.pop()
         assert chain is not None
