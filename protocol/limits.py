@@ -125,6 +125,12 @@ DMA_DEADLINE: Final = 5.0
 data path waits for it, and a client that is stopped in a debugger must not hold it for ever.
 """
 
+UNPIN_TIMEOUT: Final = 1.0
+"""Seconds that those who hold memory of a client get to release it, when it is to be unmapped or the card to
+be stopped. The client waits for the answer: QEMU 5 seconds, with its lock held and its guest standing still,
+this project's client 2 when it gives up (UNMAP_TIMEOUT). Both should hear a refusal rather than nothing.
+"""
+
 MAX_DMA_UNANSWERED: Final = 64
 """DMA messages without an answer, those that are given up included. Every thread of a device has one; more
 are owed by a client that answers none.
@@ -165,6 +171,9 @@ class SessionLimits:
 
     dma_deadline: float = DMA_DEADLINE
     """A DMA_READ or DMA_WRITE that is not answered within it has failed."""
+
+    unpin_deadline: float = UNPIN_TIMEOUT
+    """A DMA_UNMAP, or an end of running, that has not found its memory released by then is refused: EBUSY."""
 
 
 # the client

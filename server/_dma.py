@@ -64,7 +64,10 @@ def map_window(
 
 
 def dma_unmap(function: PciFunction, request: Request, body: DmaUnmap, terms: Terms) -> Answer:
-    """Take windows away, those inside a span or all: when this returns the device uses none of them."""
+    """Take windows away, those inside a span or all: when this returns the device uses none of them.
+
+    PinnedError, and nothing has changed, while some of their memory is held.
+    """
     flags = int(body.flags)
     if flags & ~(_UNMAP_ALL | _BITMAP):
         raise DeviceError(EOPNOTSUPP, f"DMA_UNMAP flags {flags:#x}")
@@ -72,6 +75,7 @@ def dma_unmap(function: PciFunction, request: Request, body: DmaUnmap, terms: Te
         if body.address or body.length:
             raise DeviceError(EINVAL, "DMA_UNMAP of everything with an address or a size")
         with function.gate:
+            function.dma.pins.check()
             function.dma.unmap_all()
     elif flags & _BITMAP:
         return _unmap_with_bitmap(function, body, Bitmap.decode(request.data))
@@ -81,7 +85,7 @@ def dma_unmap(function: PciFunction, request: Request, body: DmaUnmap, terms: Te
 
 
 def unmap_span(function: PciFunction, address: int, length: int) -> None:
-    """Take the windows inside the span away."""
+    """Take the windows inside the span away; PinnedError as `dma_unmap`."""
     with function.gate:
         function.dma.unmap(address, length)
 

@@ -24,6 +24,7 @@ from posix.unistd cimport close
 
 from enum import IntEnum
 
+from device.dma import PinnedError
 from protocol import Command
 from protocol.limits import HEADER_SIZE, MAX_FDS_PER_MESSAGE, RECEIVE_SIZE
 from protocol.messages import DmaMap, DmaUnmap, Header, HeaderFlags, RegionAccess
@@ -112,8 +113,9 @@ cdef class Drain:
 
     `read(region, offset, count)` and `write(region, offset, data)` do the accesses,
     `dma_map(flags, offset, address, length, fd)` borrows a descriptor or gets None, and
-    `dma_unmap(address, length)` has no flags; without these two the engine gets such requests. What any of
-    them raises goes to `failed(command, error)`, which gives the errno for the reply.
+    `dma_unmap(address, length)` has no flags; without these two the engine gets such requests, and so it does
+    when `dma_unmap` raises PinnedError: the answer has to wait. What else any of them raises goes to
+    `failed(command, error)`, which gives the errno for the reply.
     """
 
     cdef int _fd
@@ -368,6 +370,10 @@ cdef class Drain:
         self.credit -= 1
         try:
             self._dma_unmap(span.address, span.length)
+        except PinnedError:
+            self._at -= size
+            self.credit += 1
+            return OTHER
         except Exception as failure:
             error = self._failed(DMA_UNMAP, failure)
         span.argsz = sizeof(span)

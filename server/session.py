@@ -5,6 +5,7 @@ only when nothing is there does it sleep. Register accesses and DMA windows stay
 costs least; the rest is done here. Guarantees:
 
 - Requests are handled in the order in which they came, each before the next one is looked at.
+- What takes memory away that somebody holds is answered when it is free (see `_unpinning`).
 - No descriptor that a client sent outlives the handling of its message, unless the device made its own
   copy.
 - While something waits to be sent nothing more is read, so a client that does not read its replies is held
@@ -28,6 +29,7 @@ from functools import partial
 
 import trio
 
+from device.dma import PinnedError
 from device.errors import DeviceError
 from device.function import PciFunction, ResetKind
 from protocol import Broken, Connection, Event, Negotiated, Refused, Request, Role, command_name
@@ -46,6 +48,7 @@ from server._dma import map_window, unmap_span
 from server._drain import Drain, Outcome
 from server._remote import Answered, ByMessage, InBandMemory, TwinMemory
 from server._resample import Resample
+from server._unpinning import tell_balance, unpinned
 from server._wire import ClientDroppedError, ClientLeftError, Wire, gone
 from server.dispatch import handle
 
@@ -128,6 +131,7 @@ class Session:
         self._socket.close()
         if self._negotiated:
             self._function.reset(ResetKind.LOST_CLIENT)
+            tell_balance(self._function, log.debug)
 
     async def _serve(self) -> None:
         drain = self._drain
@@ -208,7 +212,7 @@ class Session:
     async def _answer(self, event: Event) -> None:
         match event:
             case Request():
-                await self._send(*self._handle(event))
+                await self._send(*await self._handle(event))
             case Refused():
                 self._tell("%s: %s", self._function.name, event.reason)
                 await self._send(self._engine.error(event, event.errno))
@@ -224,10 +228,17 @@ class Session:
     def _dma_map(self, flags: int, offset: int, address: int, length: int, fd: int | None) -> None:
         map_window(self._function, self._terms, flags, offset, address, length, fd)
 
-    def _handle(self, request: Request) -> tuple[bytes, Sequence[int]]:
+    async def _handle(self, request: Request) -> tuple[bytes, Sequence[int]]:
         try:
-            answer = handle(self._function, request, self._terms)
+            try:
+                answer = handle(self._function, request, self._terms)
+            except PinnedError as held:
+                tell = partial(self._tell, "%s: %s %s", self._function.name, request.command.name)
+                async with unpinned(self._function, held, self._socket, self._limits.unpin_deadline, tell):
+                    answer = handle(self._function, request, self._terms)
             self._resample.follow(request)
+        except ClientLeftError:
+            raise
         except Exception as error:
             return self._engine.error(request, self._failed(request.command, error)), ()
         return self._engine.reply(request, answer.body, answer.data, answer.fds), answer.fds

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from device.errors import DeviceError
 from device.migration.sessions import Incoming, Outgoing, Part
-from device.migration.states import DeviceState, MigrationFlags, path
+from device.migration.states import RUNNING_STATES, DeviceState, MigrationFlags, path
 from device.migration.stream import encode_identity
 from device.pci.bars import Bar
 from device.pci.memory_bar import MemoryBar
@@ -79,13 +79,20 @@ class Migration:
 
         DeviceError(EINVAL) when no way leads there, and nothing has changed; or when the data that came are
         not a whole state of such a card, and the function is as it was but in ERROR, where it stays until it
-        is reset.
+        is reset. PinnedError, and nothing has changed, when the card is to stop while somebody holds memory
+        of the client's.
         """
         with self._function.gate:
+            if self.would_stop(new):
+                self._function.dma.pins.check()
             for following in path(self._state, new):
                 log.info("%s: %s -> %s", self._function.name, self._state.name, following.name)
                 self._actions[self._state, following]()
                 self._state = following
+
+    def would_stop(self, new: int) -> bool:
+        """Whether going to `new` would stop the card, which runs now; DeviceError(EINVAL) as `set_state`."""
+        return self._state in RUNNING_STATES and not RUNNING_STATES.issuperset(path(self._state, new))
 
     def read(self, size: int) -> bytes:
         """The next bytes of the state, at most `size`; fewer when there are no more, in PRE_COPY for now.

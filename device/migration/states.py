@@ -43,6 +43,9 @@ ARCS: dict[DeviceState, tuple[DeviceState, ...]] = {
     S.PRE_COPY: (S.RUNNING, S.STOP_COPY),
 }
 
+# In all others the device is stopped.
+RUNNING_STATES = frozenset({S.RUNNING, S.PRE_COPY})
+
 # A data transfer session lasts through these; no combined path leads through one.
 SAVING = frozenset({S.PRE_COPY, S.STOP_COPY})
 

@@ -17,23 +17,26 @@ import termios
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from errno import ENOTCONN
+from errno import EBUSY, ENOTCONN
 from pathlib import Path
 from typing import Final
 
 import trio
 
+from device.dma import PinnedError
 from device.function import PciFunction
 from protocol.errors import RemoteProtocolError
 from protocol.limits import HEADER_SIZE, MAX_VERSION_DATA, SessionLimits
 from protocol.messages import Header
 from server._answer import Terms
 from server._descriptors import close_all, receive
+from server._unpinning import tell_balance, unpinned
 from server._wire import ClientDroppedError, ClientLeftError
 from server.libvfio_user._context import Context
 from server.libvfio_user._exports import answer, asks_for_export, terms_of
 from server.libvfio_user._handover import hand_over
 from server.libvfio_user._interrupts import Bridge
+from server.libvfio_user._leaving import check_pins
 from server.libvfio_user._remote import TwinMemory
 from server.libvfio_user._screen import LONGEST_LOOK, Screen, parse_header, refusal
 from server.libvfio_user._told import Told, log
@@ -100,6 +103,7 @@ class Session:
                 twin = hand_over(context, self._socket, self._path, version)
             except (LibraryError, OSError) as error:
                 raise ClientDroppedError(f"VERSION: {error}") from None
+            ending.callback(tell_balance, self._function, log.debug)
             ending.callback(context.lost)
             if twin is not None:
                 self._reach_memory(
@@ -159,14 +163,32 @@ class Session:
                 payload = self._take(header.message_size)[HEADER_SIZE:]
                 self._send(*answer(self._function, header, payload, terms))
             else:
-                try:
-                    context.run()
-                except LibraryError as error:
-                    raise _gone(error) from None
+                await self._give(context, header, look)
             credit -= 1
             if credit <= 0:
                 await trio.lowlevel.checkpoint()
                 credit = self._limits.messages_per_turn
+
+    async def _give(self, context: Context, header: Header, look: bytes) -> None:
+        """Let the library handle the message, once nobody holds what it takes away."""
+        try:
+            check_pins(self._function, header, look)
+        except PinnedError as held:
+            try:
+                async with unpinned(
+                    self._function, held, self._socket, self._limits.unpin_deadline, self._told
+                ):
+                    self._run(context)
+            except PinnedError:
+                self._refuse(header, EBUSY)
+        else:
+            self._run(context)
+
+    def _run(self, context: Context) -> None:
+        try:
+            context.run()
+        except LibraryError as error:
+            raise _gone(error) from None
 
     # --- messages
 
