@@ -23,6 +23,7 @@ METHODS: Final = {
     Feature.DMA_LOGGING_START: SET,
     Feature.DMA_LOGGING_STOP: SET,
     Feature.DMA_LOGGING_REPORT: GET,
+    Feature.DMA_BUF: GET,
 }
 
 

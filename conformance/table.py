@@ -6,6 +6,7 @@ from typing import Final
 
 from conformance import (
     dma_access,
+    dma_buf,
     dma_logging,
     dma_map,
     dma_unmap,
@@ -51,6 +52,7 @@ SECTIONS: Final[tuple[Section, ...]] = (
     feature.section,
     migration.section,
     dma_logging.section,
+    dma_buf.section,
 )
 
 SERVER_CHECKS: Final[tuple[Check, ...]] = tuple(check for section in SECTIONS for check in section.checks)

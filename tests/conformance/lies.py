@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import replace
 
+from tests.conformance.export_mutations import AsleepExports, ExportsNothing, KeepsExports
 from tests.conformance.mutations import (
     DMA_MAP,
     DMA_UNMAP,
@@ -66,11 +67,17 @@ from tests.conformance.mutations import (
 from tests.conformance.proxy import NO_REPLY, Honest, Message
 
 PROBE = 1 << 18
+EXPORT = 1 << 16 | 11
 
 
 def flags_of(message: Message) -> int:
     """The second word of a payload."""
     return struct.unpack_from("=I", message.payload, 4)[0] if len(message.payload) >= 8 else 0
+
+
+def ranges_of(message: Message) -> int:
+    """How many ranges an export names."""
+    return struct.unpack_from("=I", message.payload, 20)[0] if len(message.payload) >= 24 else 0
 
 
 def only_numbers(message: Message) -> bool:
@@ -181,6 +188,12 @@ LIES: dict[str, type[Honest]] = {
     "refuses to set features": particular(
         lambda message: message.command == FEATURE and flags_of(message) >> 16 == 2
     ),
+    "exports one range at a time": particular(
+        lambda message: message.command == FEATURE and flags_of(message) == EXPORT and ranges_of(message) > 1
+    ),
+    "exports nothing while memory is off": AsleepExports,
+    "keeps the descriptors of exports": KeepsExports,
+    "exports another file": ExportsNothing,
     "is silent about a reset with payload": particular(
         lambda message: message.command == RESET and bool(message.payload), None
     ),

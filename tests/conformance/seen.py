@@ -37,6 +37,8 @@ SEEN: dict[str, tuple[str, ...]] = {
         "dma-map.overlap",
         "dma-map.overlap-without-descriptor",
         "dma-map.posted",
+        "dma-buf.no-such-bar",
+        "dma-buf.wraps",
     ),
     "sets a flag in replies": ("header.reply-flags",),
     "answers posted requests": (
@@ -89,6 +91,12 @@ SEEN: dict[str, tuple[str, ...]] = {
         "feature.undefined-flags",
         "feature.little-room",
         "dma-logging.client-takes-it-along",
+        "dma-buf.whole-pages",
+        "dma-buf.outside",
+        "dma-buf.ranges-that-are-not-there",
+        "dma-buf.little-room",
+        "dma-buf.undefined-flags",
+        "dma-buf.no-ranges",
     ),
     "dies of what is no message": (
         "disconnect.before-version",
@@ -270,6 +278,10 @@ SEEN: dict[str, tuple[str, ...]] = {
         "dma-logging.wraps",
         "dma-logging.too-large",
     ),
+    "exports one range at a time": ("dma-buf.several-ranges",),
+    "exports nothing while memory is off": ("dma-buf.while-memory-is-off",),
+    "keeps the descriptors of exports": ("dma-buf.repeated", "dma-buf.memory"),
+    "exports another file": ("dma-buf.memory",),
     "is silent about a reset with payload": ("reset.with-payload",),
     "does not map": (
         "dma-map.wraps",
