@@ -55,10 +55,6 @@ class Arena:
         """Until it is not present."""
         await trio.sleep_forever()
 
-    async def wait_present(self) -> None:
-        """Until it is there, again or still."""
-        await trio.lowlevel.checkpoint()
-
     def allocate(self, size: int, *, align: int = 64) -> DmaBuffer:
         """The next free piece, aligned to a power of two; raises ClientError when the window is full.
         Nothing is given back singly.

@@ -56,7 +56,7 @@ class Traffic:
         self._frames = frames
         address = nic.mac or _BROADCAST  # for a card that has no address of its own
         self._head = address + (nic.mac or _SOMEBODY) + _ETHERTYPE
-        self._expected = 0
+        self._expected = frames.sent
         self._waiting: set[int] = set()
         self._room = trio.Event()
         self._quiet = trio.Event()

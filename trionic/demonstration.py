@@ -21,6 +21,7 @@ from protocol import Command
 from protocol.messages import DmaMap
 from protocol.vfio import DmaMapFlags, RegionIndex
 from trionic.migrating import travel
+from trionic.peering import peer
 from trionic.rewiring import rewire
 
 __all__ = ["ACTS", "Act", "DemoError", "Done", "Stage"]
@@ -39,6 +40,7 @@ BURST: Final = 64
 """Frames under way at a time: fewer than a receive queue holds, so that none is lost."""
 FRAME_SIZE: Final = 1514
 IRQCHIP_CHANGES: Final = 100
+PEER_RESETS: Final = 20
 CONTROL_WRITES: Final = 4
 PAGE: Final = 4096
 
@@ -201,6 +203,16 @@ async def _migration(stage: Stage) -> Done:
     return Done(len(journey.moves), "moves", remark)
 
 
+async def _peer_to_peer(stage: Stage) -> Done:
+    tally = await peer(stage.card, stage.spare, PEER_RESETS)
+    _check(tally.sound, f"{tally.doubled} frames doubled, {tally.overtaken} overtaken, {tally.lost} lost")
+    remark = (
+        f"by queues in another card's memory; that card reset {PEER_RESETS} times, {len(tally.errors)} errors"
+        f" told, {tally.lost} frames gone with it, none garbled"
+    )
+    return Done(tally.received, "frames", remark)
+
+
 async def _reset(stage: Stage) -> Done:
     resets = 10
     async with client.connect(stage.card) as session:
@@ -260,6 +272,7 @@ ACTS: Final = (
     Act("INTx, changing irqchips", _irqchips),
     Act("packets by message", _messages_alone),
     Act("migration", _migration),
+    Act("peer to peer", _peer_to_peer),
     Act("reset", _reset),
     Act("clients come and go", _reconnect),
 )

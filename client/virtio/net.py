@@ -15,7 +15,6 @@ import struct
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 import trio
@@ -33,6 +32,7 @@ from client.virtio._ring import ReceiveRing, TransmitRing
 from client.virtio._signal import Signal
 from client.virtio.config import read_net_config
 from client.virtio.control import Command, ControlQueue, Kind, RxMode, mac_table
+from client.virtio.counters import Counters
 from client.virtio.features import PLAIN, REQUIRED, Feature, usable
 from client.virtio.header import NetHeader
 from client.virtio.transport import Doorbell, Doorbells, Status
@@ -45,16 +45,6 @@ T = TypeVar("T")
 AnyRing = TypeVar("AnyRing", ReceiveRing, TransmitRing)
 
 MEMORY_GONE: Final = "the memory of the driver's queues was taken away"
-
-
-@dataclass(slots=True)
-class Counters:
-    """What went through the driver; `kicks` are notifications, `interrupts` those that were heard."""
-
-    sent: int = 0
-    received: int = 0
-    kicks: int = 0
-    interrupts: int = 0
 
 
 class NetDriver:
@@ -91,8 +81,8 @@ class NetDriver:
         self._backlog: deque[tuple[bytes, bytes]] = deque()
         self._failure: ClientError | None = ClientError("the driver is not started")
         self._changing = trio.Lock()
+        self._watching = False
         self._listen()
-        nursery.start_soon(self._watch_memory)
 
     # frames
 
@@ -341,6 +331,9 @@ class NetDriver:
             raise DeviceError(f"the device does not start: status {status!r}")
         self._rx, self._tx, self._control = rx, tx, control
         self._failure = None
+        if not self._watching:
+            self._watching = True
+            self._nursery.start_soon(self._watch_memory)
         self._config_signal.clear()
         tx.disable_interrupts()
         if rx.publish():
@@ -435,10 +428,12 @@ class NetDriver:
             raise
 
     async def _watch_memory(self) -> None:
-        while True:
-            await self.memory.wait_gone()
-            self._fail(DeviceError(MEMORY_GONE))
-            await self.memory.wait_present()
+        await self.memory.wait_gone()
+        self._watching = False
+        self._fail(DeviceError(MEMORY_GONE))
+        async with self._changing:
+            if self._failure is not None:  # the device must not find what is there when the memory is back
+                await quietly(self._attachment.transport.reset)
 
     def _fail(self, error: ClientError) -> None:
         self._failure = self._failure or (error if self.memory.present else DeviceError(MEMORY_GONE))

@@ -25,18 +25,14 @@ class Lent(Arena):
 
     def __init__(self, view: memoryview, iova: int) -> None:
         super().__init__(view, iova)
-        self.gone, self.back = trio.Event(), trio.Event()
+        self.gone = trio.Event()
 
     @property
     def present(self) -> bool:
-        return not self.gone.is_set() or self.back.is_set()
+        return not self.gone.is_set()
 
     async def wait_gone(self) -> None:
         await self.gone.wait()
-
-    async def wait_present(self) -> None:
-        await self.back.wait()
-        self.gone = trio.Event()
 
     def take(self) -> None:
         """What the receive queue, the first there, says of used buffers is nonsense from now on."""
@@ -45,7 +41,7 @@ class Lent(Arena):
         self.gone.set()
 
     def give(self) -> None:
-        self.back.set()
+        self.gone = trio.Event()
 
 
 @asynccontextmanager
