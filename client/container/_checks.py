@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from errno import EEXIST, EINVAL, ENOENT, ENOSPC, EOPNOTSUPP, EOVERFLOW
+from typing import Final
 
 from client.container.entry import Entry
 from client.container.errors import ContainerError
@@ -15,7 +16,8 @@ from client.iova import HOLES
 from protocol.limits import ADDRESS_SPACE
 from protocol.vfio import DmaMapFlags
 
-_KNOWN = int(DmaMapFlags.READ | DmaMapFlags.WRITE)
+# A plain number, because the complement of an IntFlag has none of the bits that no member names.
+_KNOWN: Final = int(DmaMapFlags.READ | DmaMapFlags.WRITE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,12 @@ def _iommufd(place: Place) -> _Checks:
         (place.overlaps, EEXIST, "something is mapped there"),
         (bool(place.offset % place.page), EINVAL, "its memory does not begin with a page"),
     )
+
+
+def check_permissions(flags: DmaMapFlags) -> None:
+    """Raises ContainerError(EINVAL) unless they are to read, to write, or both."""
+    if not flags or int(flags) & ~_KNOWN:
+        raise ContainerError(EINVAL, f"flags {int(flags):#x}")
 
 
 def check_range(mode: Mode, iova: int, size: int, page: int) -> None:

@@ -118,7 +118,10 @@ class Device:
             except ServerError as refusal:
                 if view is None or refusal.errno not in _UNMAPPABLE:
                     raise
-                await self.session.dma_map(iova, size, flags, view=view)
+                try:
+                    await self.session.dma_map(iova, size, flags, view=view)
+                except ServerError:
+                    raise refusal from None
         except ServerError as refusal:
             error = ContainerError(refusal.errno, str(refusal))
         except (LocalProtocolError, OSError) as mistake:

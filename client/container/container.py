@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
-from errno import EBUSY, EINVAL, ENODEV, ENOSPC
+from errno import EBUSY, ENODEV, ENOSPC
 from functools import partial
 from typing import Final, TypeVar
 
@@ -22,7 +22,7 @@ import trio
 
 from client._nursery import background
 from client._spans import Spans
-from client.container._checks import Place, check_place, check_range, selected
+from client.container._checks import Place, check_permissions, check_place, check_range, selected
 from client.container._device import Device
 from client.container._following import Following
 from client.container._jobs import carry_through
@@ -279,8 +279,7 @@ class Container:
     async def _protect(self, flags: DmaMapFlags, entries: Sequence[Entry]) -> int:
         if not entries:
             raise ContainerError(self.mode.rules.not_mapped, "nothing is mapped there")
-        if not flags or flags & ~READ_WRITE:
-            raise ContainerError(EINVAL, f"permissions {flags!r}")
+        check_permissions(flags)
         before = [(entry, entry.flags) for entry in entries]
         try:
             for entry in entries:
