@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 from client.container import BarRange, Container, Entry
 from client.dma import Arena
-from client.mapping import BarMapping
+from client.mapping import BarMapping, MappingState
 
 
 class BarMemory(Arena):
@@ -15,14 +15,15 @@ class BarMemory(Arena):
     is lost, and no device reaches it.
     """
 
-    def __init__(self, view: memoryview, entry: Entry) -> None:
+    def __init__(self, view: memoryview, entry: Entry, mapping: BarMapping) -> None:
         super().__init__(view, entry.iova)
         self.entry = entry
+        self._mapping = mapping
 
     @property
     def present(self) -> bool:
-        """Whether devices reach it now."""
-        return self.entry.present
+        """Whether devices reach it now, and are to."""
+        return self.entry.present and self._mapping.state is MappingState.MAPPED
 
     async def wait_gone(self) -> None:
         """Until they do not."""
@@ -43,7 +44,7 @@ async def bar_memory(
     """
     size = mapping.offset + mapping.length - offset if size is None else size
     async with container.mapped(iova, BarRange(mapping, offset, size)) as entry:
-        memory = BarMemory(mapping.view(offset, size), entry)
+        memory = BarMemory(mapping.view(offset, size), entry, mapping)
         try:
             yield memory
         finally:
