@@ -37,7 +37,7 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef extern from "_sigbus.h" nogil:
     int BAR_SLOTS
-    int bar_ones(uintptr_t start, uintptr_t end, int ones, size_t chunk)
+    int bar_zap(uintptr_t start, uintptr_t end, int ones, size_t chunk)
     int bar_watch(uintptr_t start, size_t length, size_t page, int ones, size_t chunk)
     void bar_unwatch(int slot)
     void bar_found(int slot)
@@ -224,7 +224,7 @@ cdef class Pages:
         self._check(at, length, PAGE)
         self._need_ones()
         cdef uintptr_t start = <uintptr_t>self._start + <size_t>at
-        if bar_ones(start, start + <size_t>length, self._ones.fd, self._ones.size) != 0:
+        if bar_zap(start, start + <size_t>length, self._ones.fd, self._ones.size) != 0:
             raise OSError(c_errno, os.strerror(c_errno))
 
     def lost(self, at, length):

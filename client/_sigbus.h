@@ -38,17 +38,43 @@ static struct bar_slot bar_slots[BAR_SLOTS];
 static struct sigaction bar_previous;
 static int bar_installed;
 
-/* Private pages of ones; zeros where the process may have no more maps, since they take only one. Takes no map more than there
- * were if it replaces whole mappings, so that it cannot fail then. */
+/* A map that is given up when a process has more than it may have (vm.max_map_count): it could not replace one by another then. */
+static void *bar_spare;
+
+static void bar_keep_spare(void)
+{
+    if (bar_spare == NULL) {
+        void *spare = mmap(NULL, 1, PROT_NONE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);  /* shared: never part of a neighbour */
+        bar_spare = spare == MAP_FAILED ? NULL : spare;
+    }
+}
+
+enum { BAR_PROTECTION = PROT_READ | PROT_WRITE, BAR_IN_PLACE = MAP_FIXED | MAP_PRIVATE | MAP_NORESERVE };
+
+/* Private pages of ones. Fails if the process may not have the maps for it. */
 static int bar_ones(uintptr_t start, uintptr_t end, int ones, size_t chunk)
 {
-    const int protection = PROT_READ | PROT_WRITE, flags = MAP_FIXED | MAP_PRIVATE | MAP_NORESERVE;
     for (uintptr_t at = start; at < end; at += chunk) {
         size_t length = end - at < chunk ? end - at : chunk;
-        if (mmap((void *)at, length, protection, flags, ones, 0) == MAP_FAILED)
-            return mmap((void *)start, end - start, protection, flags | MAP_ANONYMOUS, -1, 0) == MAP_FAILED ? -1 : 0;
+        if (mmap((void *)at, length, BAR_PROTECTION, BAR_IN_PLACE, ones, 0) == MAP_FAILED)
+            return -1;
     }
     return 0;
+}
+
+/* Private pages of zeros, which take one map only: if they replace whole mappings there are no more than before, so that this
+ * works whatever the process has used up. */
+static int bar_zeros(uintptr_t start, uintptr_t end)
+{
+    void *spare = __atomic_exchange_n(&bar_spare, NULL, __ATOMIC_RELAXED);
+    if (spare != NULL)
+        munmap(spare, 1);
+    return mmap((void *)start, end - start, BAR_PROTECTION, BAR_IN_PLACE | MAP_ANONYMOUS, -1, 0) == MAP_FAILED ? -1 : 0;
+}
+
+static int bar_zap(uintptr_t start, uintptr_t end, int ones, size_t chunk)
+{
+    return bar_ones(start, end, ones, chunk) == 0 ? 0 : bar_zeros(start, end);
 }
 
 static int bar_lose(struct bar_slot *slot, uintptr_t at)
@@ -56,7 +82,7 @@ static int bar_lose(struct bar_slot *slot, uintptr_t at)
     uintptr_t from = at & ~(slot->page - 1), known = __atomic_load_n(&slot->lost, __ATOMIC_RELAXED);
     if (bar_ones(from, slot->end, slot->ones, slot->chunk) != 0) {
         from = slot->start;
-        if (bar_ones(from, slot->end, slot->ones, slot->chunk) != 0)
+        if (bar_zeros(from, slot->end) != 0)
             return -1;
     }
     while (from < known && !__atomic_compare_exchange_n(&slot->lost, &known, from, 0, __ATOMIC_RELEASE, __ATOMIC_RELAXED))
@@ -109,6 +135,7 @@ static int bar_watch(uintptr_t start, size_t length, size_t page, int ones, size
             return -1;
         bar_installed = 1;
     }
+    bar_keep_spare();
     for (int i = 0; i < BAR_SLOTS; i++) {
         struct bar_slot *slot = &bar_slots[i];
         if (slot->start != 0)

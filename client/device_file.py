@@ -49,7 +49,7 @@ class DeviceFile:
         """Map part of a BAR, which may end with the BAR's last page even if the BAR does not. Nothing is
         faulted in yet.
 
-        Raises MappingError(EINVAL) for a region that is none, no BAR or cannot be mapped, beyond its last page,
+        Raises MappingError(EINVAL) for a region that is none, no BAR or cannot be mapped, past its last page,
         and for a position within a page.
         """
         try:
