@@ -14,11 +14,14 @@ from trionic._rooms import check_rooms, version
 check_rooms()
 
 if TYPE_CHECKING:
-    from client import connect, dma_memory, err, intx, msi, msix, req
+    from client import BarMapping, DeviceError, connect, dma_memory, err, intx, msi, msix, req
+    from client.bar_memory import bar_memory
+    from client.container import BarRange, Container, PageMemory, open_container
+    from client.dmabuf import exported_bar
     from client.irqchip import InterruptController, IntxMode, IntxRoute, open_intx
     from client.irqchip.processor import open_processor
     from client.irqchip.userspace import open_ioapic, open_pic
-    from client.pci import read_config
+    from client.pci import Command, PciControl, read_config
     from client.virtio import NetDriver, Slot, Wiring, open_net
     from device.function import PciFunction
     from firmware import Nic
@@ -32,13 +35,20 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "BarMapping",
+    "BarRange",
     "CardConfig",
+    "Command",
     "ConfigError",
+    "Container",
+    "DeviceError",
     "InterruptController",
     "IntxMode",
     "IntxRoute",
     "NetDriver",
     "Nic",
+    "PageMemory",
+    "PciControl",
     "PciFunction",
     "PortError",
     "RegionIndex",
@@ -48,13 +58,16 @@ __all__ = [
     "Slot",
     "TrionicError",
     "Wiring",
+    "bar_memory",
     "connect",
     "dma_memory",
     "err",
+    "exported_bar",
     "intx",
     "load_config",
     "msi",
     "msix",
+    "open_container",
     "open_intx",
     "open_ioapic",
     "open_net",
@@ -68,13 +81,20 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BarMapping": "client",
+    "BarRange": "client.container",
     "CardConfig": "trionic.config",
+    "Command": "client.pci",
     "ConfigError": "trionic.errors",
+    "Container": "client.container",
+    "DeviceError": "client",
     "InterruptController": "client.irqchip",
     "IntxMode": "client.irqchip",
     "IntxRoute": "client.irqchip",
     "NetDriver": "client.virtio",
     "Nic": "firmware",
+    "PageMemory": "client.container",
+    "PciControl": "client.pci",
     "PciFunction": "device.function",
     "PortError": "firmware.ports",
     "RegionIndex": "protocol.vfio",
@@ -84,13 +104,16 @@ _HOMES = {
     "Slot": "client.virtio",
     "TrionicError": "trionic.errors",
     "Wiring": "client.virtio",
+    "bar_memory": "client.bar_memory",
     "connect": "client",
     "dma_memory": "client",
     "err": "client",
+    "exported_bar": "client.dmabuf",
     "intx": "client",
     "load_config": "trionic.config",
     "msi": "client",
     "msix": "client",
+    "open_container": "client.container",
     "open_intx": "client.irqchip",
     "open_ioapic": "client.irqchip.userspace",
     "open_net": "client.virtio",

@@ -25,6 +25,12 @@ def run(name: str, *arguments: str) -> str:
         ("echo.py", "100 frames out and back\n"),
         ("adder.py", "the sum of 10 numbers is 55\n"),
         ("irqchips.py", "1000 frames out and back, 10 changes of the irqchip\n"),
+        (
+            "peers.py",
+            "100 frames out and back\n"
+            "the memory of the driver's queues was taken away\n"
+            "100 frames out and back\n",
+        ),
     ],
 )
 def test_an_example_does_what_it_says(name: str, said: str) -> None:
@@ -37,4 +43,5 @@ def test_the_identity_of_a_served_card_is_read(tmp_path: Path) -> None:
 
 
 def test_every_example_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"ids.py", "echo.py", "adder.py", "irqchips.py"}
+    run_here = {"ids.py", "echo.py", "adder.py", "irqchips.py", "peers.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == run_here
