@@ -1,8 +1,8 @@
 """A card whose queues and packets lie in another card's memory, without a byte of the host's.
 
 The first card is in a container, as behind an IOMMU, where the lender's memory is mapped. When the lender is
-reset that is taken away first, from this process and from the card that works there; the driver is told, and starts
-anew when it is back.
+reset that is taken away first, from this process and from the card that works there. The driver is told, and
+starts anew when it is back.
 """
 
 import tempfile
