@@ -8,7 +8,7 @@ from pathlib import Path
 import trio
 
 from device.dma import DmaWindows
-from device.function import Bar, BarKind, Handler, Identity, MemoryBar, PciFunction, ResetKind
+from device.function import Bar, BarKind, Handler, Identity, MemoryBar, PciFunction, ResetKind, Revocation
 from device.pci.capabilities import Msi, Msix, PciExpress, PowerManagement
 from server import SessionLimits, serve
 from tests.server.raw import RawClient, connect
@@ -46,12 +46,16 @@ class Card:
     """A function with registers in BAR 0, mappable memory in BAR 2, and every kind of interrupt."""
 
     def __init__(
-        self, name: str = "card", registers: Handler | None = None, dma: DmaWindows | None = None
+        self,
+        name: str = "card",
+        registers: Handler | None = None,
+        dma: DmaWindows | None = None,
+        revocation: Revocation = Revocation.COOPERATIVE,
     ) -> None:
         self.registers = Registers()
         bar0 = Bar(0, PAGE)
         bar0.claim(0, 256, registers or self.registers)
-        self.memory = MemoryBar(2, BAR2_SIZE, kind=BarKind.MEM64)
+        self.memory = MemoryBar(2, BAR2_SIZE, kind=BarKind.MEM64, revocation=revocation)
         self.function = PciFunction(
             name,
             Identity(0x1AF4, 0x1041, 0x8086, 0x001A),

@@ -301,12 +301,15 @@ def test_without_memory_to_keep_it_aside_it_is_taken_back_all_the_same(
     assert client.load(SIZE - 1) == (b"x" if writes else b"\0")
 
 
+@pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("writes", [0, 1, 3])
 def test_without_memory_to_give_it_back_nothing_is_lost_and_the_next_time_it_is_there(
-    bar: MemoryBar, client: Mapping, monkeypatch: pytest.MonkeyPatch, writes: int
+    bar: MemoryBar, client: Mapping, monkeypatch: pytest.MonkeyPatch, writes: int, dense: bool
 ) -> None:
-    content = b"".join(bytes([1 + n]) * BLOCK for n in range(SIZE // BLOCK))
-    bar.write(0, content)
+    """Blocks are full, or hold a page each."""
+    for start in range(0, SIZE, BLOCK):
+        bar.write(start, bytes([1 + start // BLOCK]) * (BLOCK if dense else PAGE))
+    content = bar.read(0, SIZE)
     bar.decode(False)
     with monkeypatch.context() as short:
         short.setattr(os, "pwrite", Short(writes))
