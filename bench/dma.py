@@ -12,8 +12,8 @@ import shlex
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -27,6 +27,7 @@ from bench import _in_process
 from bench._reporting import report, require_both_cpus
 from bench._servers import DEFAULT_COMMAND, Server, dma_client, libvfio_user_dma_command, running
 from device.dma import PAGE_SIZE, PROT_DMA_READ, PROT_DMA_WRITE, DmaWindows
+from device.pci import MemoryBar
 from tests.peers.cache import PeerError
 
 SERVER_CPU: Final = 0
@@ -74,11 +75,14 @@ class Copies:
     name: str
     size: int
     target: float = 1.1
+    bars: bool = False
+    """Whether the windows are the BARs of two other cards."""
 
     @property
     def what(self) -> str:
         """For people."""
-        return f"{self.size >> 10:,} KiB from window to window"
+        between = "one card's BAR to another's, by a third" if self.bars else "window to window"
+        return f"{self.size >> 10:,} KiB from {between}"
 
 
 # libvfio-user of 2022 takes sixteen windows, one of which stays mapped.
@@ -94,6 +98,7 @@ SCENARIOS: Final[list[Pairs | Lookups | Copies]] = [
     Lookups("find-262144", 262_144, 1.1),
     Copies("copy-64k", 64 << 10),
     Copies("copy-16m", 16 << 20),
+    Copies("copy-bars", 16 << 20, bars=True),
 ]
 NAMES: Final = [scenario.name for scenario in SCENARIOS]
 
@@ -213,17 +218,34 @@ def measure_lookups(scenario: Lookups, rounds: int) -> Outcome:
     return _outcome(scenario, ours, theirs, "ns", lambda taken: taken / LOOKUPS)
 
 
+@contextmanager
+def _two_files(scenario: Copies) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Where the source and the target are: a descriptor and an offset."""
+    if scenario.bars:
+        bars = [MemoryBar(2, scenario.size) for _ in range(2)]
+        try:
+            for bar in bars:
+                os.posix_fallocate(bar.fd, 0, scenario.size)
+            yield (bars[0].fd, 0), (bars[1].fd, 0)
+        finally:
+            for bar in bars:
+                bar.close()
+    else:
+        fd = _memory(2 * scenario.size)
+        try:
+            yield (fd, 0), (fd, scenario.size)
+        finally:
+            os.close(fd)
+
+
 def measure_copies(scenario: Copies, rounds: int) -> Outcome:
     """The same bytes between the same mappings, as the device copies and by memcpy alone."""
     module = _in_process.windows()
     dma = DmaWindows()
-    fd = _memory(2 * scenario.size)
     source, target = 0, 2 * scenario.size
-    try:
-        dma.map(source, scenario.size, PROT_DMA_READ, fd, 0)
-        dma.map(target, scenario.size, BOTH, fd, scenario.size)
-    finally:
-        os.close(fd)
+    with _two_files(scenario) as (from_, to):
+        dma.map(source, scenario.size, PROT_DMA_READ, *from_)
+        dma.map(target, scenario.size, BOTH, *to)
     times = max(1, COPIED_PER_ROUND // scenario.size)
     ours, theirs = _turns(
         rounds,
@@ -303,6 +325,7 @@ def main(chosen: tuple[str, ...], rounds: int, server_command: str, as_json: boo
       pair-by-message  no descriptor comes along
       find-N           an address at random among N windows, beside a search by halving in one array
       copy-N           N bytes from window to window, beside memcpy; A and B are GiB/s, the ratio is of times
+      copy-bars        the same from one card's BAR to another's, as a third card does it
 
     \b
     Examples:
