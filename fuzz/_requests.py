@@ -145,7 +145,7 @@ def _write_multi(choices: Choices, zoo: Zoo) -> tuple[bytes, list[int]]:
 
 
 def _feature(choices: Choices, zoo: Zoo) -> tuple[bytes, list[int]]:
-    feature = choices.pick((1, 2, 2, 2, 6, 7, 8)) if choices.often() else choices.below(1 << 16)
+    feature = choices.pick((1, 2, 2, 11, 6, 7, 8)) if choices.often() else choices.below(1 << 16)
     way = choices.pick((1, 2, 4, 5, 6)) if choices.often() else choices.below(1 << 16)
     match feature:
         case 2:
@@ -156,6 +156,12 @@ def _feature(choices: Choices, zoo: Zoo) -> tuple[bytes, list[int]]:
             data += b"".join(struct.pack("=QQ", _address(choices), _size(choices)) for _ in range(ranges))
         case 8:
             data = struct.pack("=QQQ", _address(choices), _size(choices), choices.pick((PAGE, 0, 1, 1 << 63)))
+        case 11:
+            bar = choices.pick((2, 4, 0, 1, 6, 7, 1 << 31))
+            ranges = choices.below(4) if choices.often() else choices.below(300)
+            said = ranges if choices.often() else choices.number(32)
+            data = struct.pack("=IIII", bar, choices.number(32), choices.seldom(), said)
+            data += b"".join(struct.pack("=QQ", _address(choices), _size(choices)) for _ in range(ranges))
         case _:
             data = choices.bytes(choices.below(24))
     argsz = _argsz(choices, 8 + len(data) + choices.below(32))
