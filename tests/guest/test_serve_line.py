@@ -7,8 +7,10 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import pytest
 import trio
 
+from device.revocation import Revocation
 from tests.guest import Root
 from tests.trionic.command import serving
 
@@ -19,10 +21,12 @@ until grep up /sys/class/net/eth0/operstate; do usleep 50000; done; exit
 """
 
 
+@pytest.mark.parametrize("revocation", list(Revocation), ids=lambda way: way.value)
 async def test_the_printed_line_plugs_the_card_into_a_qemu_of_ones_own(
-    guest_root: Root, tmp_path: Path, serve_options: list[str | Path]
+    guest_root: Root, tmp_path: Path, serve_options: list[str | Path], revocation: Revocation
 ) -> None:
-    with serving("--socket", tmp_path / "card.sock", *serve_options) as served:
+    options = ["--revocation", revocation.value, *serve_options]
+    with serving("--socket", tmp_path / "card.sock", *options) as served:
         program, *arguments = shlex.split(served.said[-1])
         assert program == "qemu-system-x86_64"
         command: list[str | Path] = [

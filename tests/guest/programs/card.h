@@ -95,7 +95,8 @@ static void open_card(struct card *card, int container, const char *function, bo
         /* A card of ours has no VGA region, which this refuses. */
         ioctl(card->device, VFIO_DEVICE_GET_REGION_INFO, &card->regions[index]);
     }
-    command(card, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER, true);
+    /* Without a line: QEMU maps no memory of a card that has used it, until MSI-X takes over. */
+    command(card, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER | PCI_COMMAND_INTX_DISABLE, true);
     card->registers = map_region(card, 0);
     demand("mmap_registers", card->registers != MAP_FAILED);
     card->memory = map_region(card, MEMORY_BAR);

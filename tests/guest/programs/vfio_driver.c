@@ -5,6 +5,8 @@
  *   vfio_driver interrupts FUNCTION    INTx, MSI and MSI-X by eventfd
  *   vfio_driver frames FUNCTION        send and receive by virtio-net, before and after a reset
  *   vfio_driver peers FUNCTION OTHER   the same with the first card's buffers in the second card's BAR
+ *   vfio_driver lines FUNCTION OTHER   the same, and with its own BAR, while INTx is in use
+ *   vfio_driver registers FUNCTION     map a BAR that is no memory
  *   vfio_driver churn FUNCTION         map and unmap for DMA, very often and with nothing there
  *
  * The functions are names of PCI functions that vfio-pci has. Steps are told as steps.h has it.
@@ -187,6 +189,7 @@ static void interrupt(const char *kind, const struct card *card, const struct bu
     struct net net;
 
     demand(kind, !ioctl(card->device, VFIO_DEVICE_GET_IRQ_INFO, &info) && info.count <= MAX_VECTORS);
+    command(card, PCI_COMMAND_INTX_DISABLE, !line);
     for (unsigned n = 0; n < info.count; n++)
         eventfds[n] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     demand(kind, !set_irqs(card, index, TRIGGER | VFIO_IRQ_SET_DATA_EVENTFD, info.count, eventfds));
@@ -323,6 +326,54 @@ static void peers(char **functions)
     close(container);
 }
 
+static void lines(char **functions)
+{
+    int container = open_container(), line = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    struct buffers own, mine, theirs;
+    struct card card, other;
+    struct net net;
+
+    open_card(&card, container, functions[0], true);
+    open_card(&other, container, functions[1], false);
+    own_memory(container, &own);
+    mine = (struct buffers){ card.memory, card.memory + BUFFER, BAR, BAR + BUFFER };
+    theirs = (struct buffers){ other.memory, other.memory + BUFFER, 2 * BAR, 2 * BAR + BUFFER };
+    demand("map_own_bar", !dma_map(container, card.memory, BAR, card.memory_size));
+    demand("map_peers_bar", !dma_map(container, other.memory, 2 * BAR, other.memory_size));
+    start(&net, &card, &own, false);
+    round_trip("own_bar", &net, &mine, PAYLOAD, 1);
+    command(&card, PCI_COMMAND_INTX_DISABLE, false);
+    demand("line", !set_irqs(&card, VFIO_PCI_INTX_IRQ_INDEX, TRIGGER | VFIO_IRQ_SET_DATA_EVENTFD, 1, &line));
+    round_trip("own_memory_by_line", &net, &own, PAYLOAD, 2);
+    step("line", signals(line, PATIENCE_MS) == 1 && *net.isr == 1, "signalled");
+    round_trip("own_bar_by_line", &net, &mine, PAYLOAD, 3);
+    round_trip("peers_bar_by_line", &net, &theirs, PAYLOAD, 4);
+    net_stop(&net);
+    close_card(&other);
+    close_card(&card);
+    close(container);
+}
+
+static void registers(char **functions)
+{
+    int container = open_container();
+    struct buffers own, there;
+    struct card card;
+    struct net net;
+
+    open_card(&card, container, functions[0], true);
+    own_memory(container, &own);
+    start(&net, &card, &own, false);
+    step("map_registers", !dma_map(container, card.registers, BAR, card.regions[0].size), "done");
+    there = (struct buffers){ own.tx, own.rx, BAR, own.rx_iova };
+    send_frame(&net, &there, PAYLOAD, 1);
+    lost("sent_from_registers", &net, &card, &own, TX);
+    round_trip("own_memory_after_registers", &net, &own, PAYLOAD, 2);
+    net_stop(&net);
+    close_card(&card);
+    close(container);
+}
+
 static int since_ms(uint64_t begun)
 {
     return (now_ns() - begun) / 1000000;
@@ -387,6 +438,8 @@ int main(int argc, char **argv)
                   { "interrupts", interrupts, 1 },
                   { "frames", frames, 1 },
                   { "peers", peers, 2 },
+                  { "lines", lines, 2 },
+                  { "registers", registers, 1 },
                   { "churn", churn, 1 } };
     char end[64];
 
@@ -399,6 +452,6 @@ int main(int argc, char **argv)
             return 0;
         }
     }
-    fprintf(stderr, "usage: vfio_driver bars|interrupts|frames|peers|churn FUNCTION...\n");
+    fprintf(stderr, "usage: vfio_driver bars|interrupts|frames|peers|lines|registers|churn FUNCTION...\n");
     return 2;
 }
