@@ -84,6 +84,8 @@ class Device:
                 try:
                     await self._map(holding, iova + at, one.len, flags, reach.fd, one.paddr, view)
                 except ContainerError:
+                    if view is not None:  # which the traceback would keep, and so the BAR's mapping
+                        view.release()
                     await self.let_go(iova)
                     raise
                 at += one.len
@@ -123,7 +125,7 @@ class Device:
                 except ServerError:
                     raise refusal from None
         except ServerError as refusal:
-            error = ContainerError(refusal.errno, str(refusal))
+            error = ContainerError(refusal.errno, "the server refuses DMA_MAP")
         except (LocalProtocolError, OSError) as mistake:
             error = ContainerError(getattr(mistake, "errno", None) or EIO, str(mistake))
         except BadReplyError as mistake:
@@ -159,7 +161,7 @@ class Device:
             pass
         except ServerError as refusal:
             if holding.sure or refusal.errno not in _NOT_THERE:
-                raise ContainerError(refusal.errno, str(refusal)) from None
+                raise ContainerError(refusal.errno, "the server refuses DMA_UNMAP") from None
         except (ClientError, LocalProtocolError) as mistake:  # it let go, or it did not
             self.session.hang_up(f"nobody knows whether a window is unmapped: {mistake}")
         self.session.windows.remove(iova, size)

@@ -69,7 +69,7 @@ class Placing:
                 try:
                     await (device.must_let_go if must else device.let_go)(entry.iova)
                 except ContainerError as error:
-                    log.warning("%s, so the address %#x stays taken there", error, entry.iova)
+                    log.warning("at %#x: %s", entry.iova, error)
                     refusal = error
         finally:
             entry.source.leave()
@@ -82,8 +82,9 @@ class Placing:
         try:
             await self.place(entry)
         except ContainerError as error:
-            log.warning("what was mapped at %#x does not come back: %s", entry.iova, error)
-            entry.change(error=error)
+            failure = ContainerError(error.errno, f"what was mapped at {entry.iova:#x} does not come back")
+            log.warning("%s: %s", failure, error)
+            entry.change(error=failure)
 
     @contextmanager
     def shielded(self) -> Iterator[None]:

@@ -43,7 +43,7 @@ class Entry:
         """Whether devices reach it: not while its BAR is revoked."""
         self.mapped = True
         """Whether it is in the container: not before `map` returns it, and not after `unmap`."""
-        self.error: Exception | None = None
+        self.error: ContainerError | None = None
         """Why it did not come back when its BAR did; devices do not reach it then."""
         self.losses = 0
         """How often it was revoked."""
@@ -74,14 +74,14 @@ class Entry:
         """
         while not self.present:
             if self.error is not None:
-                raise self.error
+                raise self.error.with_traceback(None)
             if not self.mapped:
                 raise ContainerError(ENOENT, f"the mapping at {self.iova:#x} is gone")
             await self._changed.wait()
         await trio.lowlevel.checkpoint()
 
     def change(
-        self, *, present: bool | None = None, mapped: bool | None = None, error: Exception | None = None
+        self, *, present: bool | None = None, mapped: bool | None = None, error: ContainerError | None = None
     ) -> None:
         """The container's: whoever waits looks again."""
         if present is not None:

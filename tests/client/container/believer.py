@@ -16,7 +16,8 @@ import trio
 import trio.testing
 
 import client
-from client.container import BarRange, ContainerError
+from client.container import BarRange, Container, ContainerError, Mode, open_container
+from client.mapping import BarMapping
 from protocol.vfio import RegionIndex
 from tests.client.peer import (
     CAPABILITIES,
@@ -146,24 +147,36 @@ async def believing(
 
 
 @asynccontextmanager
-async def with_bar(*, flags: int = 7, size: int = BAR_SIZE) -> AsyncIterator[tuple[client.Session, Believer]]:
-    """The same with memory in BAR 2, which begins with the second page of its file."""
+async def with_bar(
+    kind: type[BarMapping] = BarMapping, *, flags: int = 7, size: int = BAR_SIZE
+) -> AsyncIterator[tuple[client.Session, Believer, BarMapping]]:
+    """The same with memory in BAR 2, which begins with the second page of its file, and a mapping of it that
+    follows the session.
+    """
     fd = os.memfd_create("bar")
     os.ftruncate(fd, BAR_OFFSET + size)
     region = FakeRegion(size, flags, fds=(fd,), offset=BAR_OFFSET)
     try:
-        async with believing(regions={RegionIndex.BAR2: region}, bar=fd) as pair:
-            yield pair
+        async with believing(regions={RegionIndex.BAR2: region}, bar=fd) as (session, believer):
+            with kind(session.regions[RegionIndex.BAR2], session.decoding) as mapping:
+                yield session, believer, mapping
     finally:
         os.close(fd)
 
 
-def mapping_of(session: client.Session) -> client.BarMapping:
-    """Of BAR 2, which follows the session."""
-    return client.BarMapping(session.regions[RegionIndex.BAR2], session.decoding)
+@asynccontextmanager
+async def beside_a_bar(
+    mode: Mode = Mode.TYPE1V2, kind: type[BarMapping] = BarMapping
+) -> AsyncIterator[
+    tuple[tuple[client.Session, Believer, BarMapping], tuple[client.Session, Believer], Container]
+]:
+    """A device with a BAR, another one, and a container that the other is attached to."""
+    async with with_bar(kind) as owner, believing() as other, open_container(mode) as container:
+        await container.attach(other[0])
+        yield owner, other, container
 
 
-def some_of(mapping: client.BarMapping, offset: int = 0x1000, length: int = 0x2000) -> BarRange:
+def some_of(mapping: BarMapping, offset: int = 0x1000, length: int = 0x2000) -> BarRange:
     """Part of a BAR."""
     return BarRange(mapping, offset, length)
 
