@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from errno import EIO
@@ -13,6 +13,9 @@ from typing import Final
 import trio
 
 import client
+from client.decoding import MemoryDecoding
+from client.pci import ConfigSpace
+from tests.client.bar_files import memory
 from tests.client.peer import (
     CAPABILITIES,
     NO_REPLY,
@@ -24,7 +27,6 @@ from tests.client.peer import (
     Peer,
     session_with,
 )
-from tests.client.test_bars import memory
 
 CONFIG: Final = 7
 SIZE: Final = 0x4000
@@ -135,3 +137,29 @@ async def pci_device(
             nursery.start_soon(device.serve, peer)
             yield device
             nursery.cancel_scope.cancel()
+
+
+class Switch:
+    """The decoding of a device that does what it is told, without a session or a loop."""
+
+    def __init__(self) -> None:
+        self.decoding = MemoryDecoding(object())  # type: ignore[arg-type]
+        self.decoding.learn(ConfigSpace(bytes(config_space())))
+
+    def _do(self, call: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]) -> None:
+        async def nothing() -> None:
+            await trio.lowlevel.checkpoint()
+
+        trio.run(call, nothing)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """To configuration space."""
+        self._do(lambda nothing: self.decoding.around_write(offset, data, nothing))
+
+    def memory(self, *, on: bool) -> None:
+        """COMMAND.MEMORY."""
+        self.write(COMMAND, MEMORY_ON if on else MEMORY_OFF)
+
+    def reset(self) -> None:
+        """DEVICE_RESET."""
+        self._do(lambda nothing: self.decoding.around_reset(nothing))

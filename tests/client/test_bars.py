@@ -2,27 +2,14 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import trio
 
 import client
-from protocol.vfio import RegionFlags
+from tests.client.bar_files import memory
 from tests.client.peer import NO_REPLY, REGION_READ, REGION_WRITE, FakeRegion, session_with
 from tests.client.test_connecting import sparse
-
-RWM = RegionFlags.READ | RegionFlags.WRITE | RegionFlags.MMAP
-
-
-@contextmanager
-def memory(size: int) -> Iterator[int]:
-    """A memfd of so many bytes."""
-    fd = os.memfd_create("bar")
-    os.truncate(fd, size)
-    yield fd
-    os.close(fd)
 
 
 async def test_a_bar_uses_its_mapping_where_it_can_and_messages_elsewhere() -> None:

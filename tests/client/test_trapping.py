@@ -11,8 +11,8 @@ import trio.testing
 
 import client
 from client.trapping import Trapping
+from tests.client.bar_files import memory
 from tests.client.peer import NO_REPLY, REGION_READ, REGION_WRITE, FakeRegion, Message, Peer, session_with
-from tests.client.test_bars import memory
 from tests.client.test_connecting import sparse
 
 MAPPED = 0x1000
