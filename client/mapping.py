@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
@@ -110,6 +111,7 @@ class BarMapping:
             self._pages = Pages(_page_align(self.length), align, (offset + skew) % align)
         except OSError as error:
             raise self._cannot(error) from None
+        self._changing = threading.RLock()  # a thread faults in before a zap, or finds nobody
         self._following = ExitStack()
         if decoding is not None:
             self._following.enter_context(decoding.followed_by(self))
@@ -191,17 +193,19 @@ class BarMapping:
         self._fault(self._area(offset, length), offset, length)
 
     def _fault(self, area: _Area, offset: int, length: int) -> None:
-        if not self._answered:
-            raise MappingError(errno.EFAULT, f"the device does not answer at region {self.region.index}")
-        self._check_file(offset, length)
-        if area.present and not self._pages.lost(offset - self.offset, length):
-            return
-        at, size = area.start - self.offset, _page_align(area.end - area.start)
-        try:
-            self._pages.map(at, self.fd, self.region.mmap_offset + area.start, size, writable=self.writable)
-        except OSError as error:
-            raise self._cannot(error) from None
-        area.present, area.dark = True, False
+        with self._changing:
+            if not self._answered:
+                raise MappingError(errno.EFAULT, f"the device does not answer at region {self.region.index}")
+            self._check_file(offset, length)
+            if area.present and not self._pages.lost(offset - self.offset, length):
+                return
+            at, size = area.start - self.offset, _page_align(area.end - area.start)
+            begin = self.region.mmap_offset + area.start
+            try:
+                self._pages.map(at, self.fd, begin, size, writable=self.writable)
+            except OSError as error:
+                raise self._cannot(error) from None
+            area.present, area.dark = True, False
 
     def _check_file(self, offset: int, length: int) -> None:
         """The rest of the last page is there even if the file ends before."""
@@ -284,11 +288,12 @@ class BarMapping:
         Once the device answers again, the next fault brings its bytes back. Raises as `read` does.
         """
         area = self._area(offset, length)
-        if self._answered:
-            self._fault(area, offset, length)
-        else:
-            self._refuse(offset)
-            self._darken(area)
+        with self._changing:
+            if self._answered:
+                self._fault(area, offset, length)
+            else:
+                self._refuse(offset)
+                self._darken(area)
         at = offset - self.offset
         view = memoryview(self._pages)[at : at + length]
         return view if self.writable else view.toreadonly()
@@ -336,9 +341,10 @@ class BarMapping:
     def zap(self) -> None:
         """Take the device's memory away, in place: at once, for all views in all threads."""
         self.generation += 1
-        for area in self._mapped_areas:
-            if area.present:
-                self._darken(area)
+        with self._changing:
+            for area in self._mapped_areas:
+                if area.present:
+                    self._darken(area)
 
     def _darken(self, area: _Area) -> None:
         if not area.dark:
