@@ -26,8 +26,11 @@ class _File:
     """A descriptor and its mapping here, until the last user lets go."""
 
     def __init__(self, fd: int, offset: int, length: int) -> None:
-        self.fd = os.dup(fd)
         self.users = 0
+        try:
+            self.fd = os.dup(fd)
+        except OSError as error:
+            raise ContainerError(error.errno or EINVAL, "memory that is no file") from None
         try:
             writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
             if os.fstat(fd).st_size < offset + length:
@@ -59,10 +62,13 @@ class PageMemory:
     """`length` bytes at `offset` of a file: a memfd, huge pages or a file on a disk. A context manager.
 
     The descriptor stays the caller's. The memory lives on after `close` while it is mapped or pinned, and
-    views of it as long as they are held. A file that somebody makes shorter kills this process with SIGBUS at
-    the next access: map what you trust. Raises ContainerError: EINVAL for a range that is empty or not made
-    of pages, EFAULT for one that the file has not, or what mmap says of the file.
+    views of it as long as they are held; what nobody has any more is closed. A file that somebody makes
+    shorter kills this process with SIGBUS at the next access: map what you trust. Raises ContainerError:
+    EINVAL for a range that is empty or not made of pages, EFAULT for one that the file has not, or what mmap
+    says of the file.
     """
+
+    _closed = True  # until it is open
 
     def __init__(self, fd: int, offset: int, length: int) -> None:
         if length <= 0 or offset < 0 or offset % PAGE or length % PAGE:
@@ -126,6 +132,9 @@ class PageMemory:
             self._closed = True
             self.view.release()
             self._file.let_go()
+
+    def __del__(self) -> None:
+        self.close()
 
     def __enter__(self) -> Self:
         return self
