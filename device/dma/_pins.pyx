@@ -44,6 +44,7 @@ cdef enum:
     NOWHERE = -1
 
 cdef uint64_t LAST = <uint64_t> -1
+cdef uint64_t SUBPAGE = 1 << SUBPAGE_SHIFT
 
 
 class PinnedError(DeviceError):
@@ -336,15 +337,15 @@ cdef class Pins:
 
     cdef Part _part(self, Piece *piece):
         cdef Part part = Part.__new__(Part)
-        cdef uint64_t start, page
+        cdef uint64_t start, end
         part._length, part._readonly = piece.length, not piece.prot & WRITE
         if piece.backing >= HERE:
             part._mapping = self._files.keep(piece.backing)
             part._start = part._mapping.start + (piece.offset - self._files.backings[piece.backing].first)
         else:
-            page = self._files.page_size(-2 - piece.backing)
-            start = piece.offset & ~(page - 1)
+            start = piece.offset & ~(SUBPAGE - 1)
+            end = (piece.offset + piece.length + SUBPAGE - 1) & ~(SUBPAGE - 1)
             part._mapping = self._files.keep_copy(
-                <uint8_t *> start, (piece.offset + piece.length - start + page - 1) & ~(page - 1), page)
+                <uint8_t *> start, end - start, self._files.page_size(-2 - piece.backing))
             part._start = part._mapping.start + (piece.offset - start)
         return part

@@ -25,6 +25,7 @@ import trio
 
 from device.dma import PinnedError
 from device.function import PciFunction
+from protocol import command_name
 from protocol.errors import RemoteProtocolError
 from protocol.limits import HEADER_SIZE, MAX_VERSION_DATA, SessionLimits
 from protocol.messages import Header
@@ -174,10 +175,12 @@ class Session:
         try:
             check_pins(self._function, header, look)
         except PinnedError as held:
+
+            def tell(reason: str) -> None:
+                self._told(f"{command_name(header.command)} {reason}")
+
             try:
-                async with unpinned(
-                    self._function, held, self._socket, self._limits.unpin_deadline, self._told
-                ):
+                async with unpinned(self._function, held, self._socket, self._limits.unpin_deadline, tell):
                     self._run(context)
             except PinnedError:
                 self._refuse(header, EBUSY)
