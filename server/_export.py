@@ -7,8 +7,9 @@ is the client's affair, or that of a device that revokes its BARs.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from errno import EINVAL, ENODEV, EOVERFLOW
+from errno import EINVAL, EIO, ENODEV, EOVERFLOW
 from mmap import PAGESIZE
 from typing import Final
 
@@ -28,9 +29,8 @@ _MOST_BYTES: Final = 1 << 63
 def export_bar(function: PciFunction, data: bytes) -> int:
     """The file of the BAR that `data` asks for, the function's own. Raises DeviceError: ENODEV without such a
     BAR; EINVAL for ranges that are empty, no whole pages, too much together, outside of the BAR or of what
-    can be mapped of it; EOVERFLOW for one that wraps.
-
-    A BAR can be exported while memory decoding is off.
+    can be mapped of it; EOVERFLOW for one that wraps; EIO for memory that is lost for now, but not for all of
+    it: a BAR can be exported while memory decoding is off, and none may be there then.
     """
     head, ranges = parse_dma_buf(data)
     regions = function.regions()
@@ -48,6 +48,8 @@ def export_bar(function: PciFunction, data: bytes) -> int:
         if end > region.size or not inside:
             where = f"{one.offset:#x}+{one.length:#x}"
             raise DeviceError(EINVAL, f"BAR {head.region_index} has nothing to be mapped at {where}")
+    if 0 < os.fstat(region.fd).st_size < max(one.offset + one.length for one in ranges):
+        raise DeviceError(EIO, f"memory of BAR {head.region_index} is lost")
     return region.fd
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from device.function import BarKind, Identity, MemoryBar, PciFunction
+from device.revocation import Revocation
 from protocol.limits import MAX_DMA_BUF_RANGES
 from tests.server.raw import CONFIG, FEATURE, GET_REGION_INFO, Message, RawClient
 from tests.server.world import BAR2_SIZE, PAGE, Card, World, world
@@ -178,3 +179,38 @@ async def test_ranges_of_more_than_8_gib_are_counted_in_64_bits(tmp_path: Path, 
         os.close(fd)
         assert large.read((16 << 30) - 7, 7) == b"the end"
         assert await client.refused(FEATURE, question((start + PAGE, length), bar=4)) == errno.EINVAL
+
+
+async def test_what_a_bar_has_no_memory_for_is_not_exported(tmp_path: Path) -> None:
+    card = Card()
+    part = MemoryBar(4, 4 * PAGE, backing=3 * PAGE)
+    small = MemoryBar(2, 0x100)
+    card.function = PciFunction("part", Identity(0x1AF4, 0x1041, 0x8086, 0x001A), bars=[part, small])
+    async with world(tmp_path, card=card) as served:
+        client = await served.client()
+        _, fd = await exported(client, (0, 3 * PAGE), bar=4)
+        os.close(fd)
+        for outside in ((0, 4 * PAGE), (3 * PAGE, PAGE)):
+            assert await client.refused(FEATURE, question(outside, bar=4)) == errno.EINVAL
+        assert await client.refused(FEATURE, question((0, PAGE), bar=2)) == errno.EINVAL
+
+
+async def test_lost_memory_is_not_exported_until_it_is_repaired(tmp_path: Path) -> None:
+    card = Card()
+    bar = MemoryBar(4, 4 * PAGE, revocation=Revocation.ENFORCED)
+    card.function = PciFunction("lost", Identity(0x1AF4, 0x1041, 0x8086, 0x001A), bars=[bar])
+    async with world(tmp_path, card=card) as served:
+        client = await served.client()
+        await client.write(CONFIG, COMMAND, b"\2\0")
+        served.function.poison(4, 2 * PAGE)
+        _, fd = await exported(client, (0, 2 * PAGE), bar=4)
+        os.close(fd)
+        assert await client.refused(FEATURE, question((PAGE, 2 * PAGE), bar=4)) == errno.EIO
+        bar.repair()
+        _, fd = await exported(client, (PAGE, 2 * PAGE), bar=4)
+        assert os.fstat(fd).st_size == 4 * PAGE
+        os.close(fd)
+        await client.write(CONFIG, COMMAND, b"\0\0")
+        _, fd = await exported(client, (PAGE, 2 * PAGE), bar=4)
+        assert os.fstat(fd).st_size == 0
+        os.close(fd)
