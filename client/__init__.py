@@ -8,12 +8,17 @@ from client.dirty import DirtyLog as DirtyLog
 from client.dma import DmaBuffer as DmaBuffer
 from client.dma import DmaMemory as DmaMemory
 from client.dma import dma_memory as dma_memory
+from client.dmabuf import BarExport as BarExport
+from client.dmabuf import DmaBufError as DmaBufError
+from client.dmabuf import Importer as Importer
+from client.dmabuf import exported_bar as exported_bar
 from client.errors import BadReplyError as BadReplyError
 from client.errors import ClientError as ClientError
 from client.errors import ConnectError as ConnectError
 from client.errors import DeviceError as DeviceError
 from client.errors import Disconnected as Disconnected
 from client.errors import ServerError as ServerError
+from client.export_view import ExportView as ExportView
 from client.interrupts import Interrupt as Interrupt
 from client.interrupts import IntxLine as IntxLine
 from client.interrupts import err as err

@@ -327,6 +327,21 @@ async def test_a_feature_that_is_got_as_bytes_leaves_no_descriptor() -> None:
         assert open_fds() == before
 
 
+async def test_a_descriptor_with_another_feature_makes_no_sense() -> None:
+    with file() as fd:
+        async with session_with(regions=REGIONS) as (session, peer), trio.open_nursery() as nursery:
+            before = open_fds()
+
+            async def answer() -> None:
+                asked = await peer.expect(FEATURE)
+                peer.reply(asked, asked.payload + bytes(8), (fd,))
+
+            nursery.start_soon(answer)
+            with pytest.raises(BadReplyError, match="1 descriptors"):
+                await session.feature_get(Feature.MIGRATION, room=8)
+            assert open_fds() == before
+
+
 # --- attachments
 
 
