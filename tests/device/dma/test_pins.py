@@ -176,7 +176,7 @@ def test_a_span_that_would_cut_a_window_is_wrong_whoever_holds_it(
 def test_who_holds_it_is_told_each_once_and_not_without_end(dma: DmaWindows, memory: GuestMemory) -> None:
     for number in (1, 1, 2, 3, 4, 5, 6):
         dma.pin(IOVA, 1, READ, f"holder {number}")
-    with pytest.raises(PinnedError, match="by holder 1, holder 2, holder 3, holder 4 and 2 more$"):
+    with pytest.raises(PinnedError, match=r"by holder 1, holder 2, holder 3, holder 4 and 2 more$"):
         dma.pins.check()
 
 
