@@ -18,9 +18,11 @@ class Revocation(Enum):
     ENFORCED = "enforced"
     """The device, as a host's kernel would (drivers/vfio/pci/vfio_pci_core.c). The file is cut to nothing, so
     every access through any mapping, in whatever process, is SIGBUS until the memory is decoded again; by
-    message every BAR answers EIO. What this asks of the client: it must let go first or live with SIGBUS,
-    and it could cut or grow the file itself, which makes its own accesses fault or read all ones and nobody
-    else's. It costs a copy of what was written, both ways; the file's lock is shared with the client, so
-    one that makes the kernel fill much of the file delays the server for that long. Pages that the client
-    pinned stay with it, and are no longer the card's.
+    message every BAR answers EIO. What this asks of the client: it must let go first or live with SIGBUS.
+    QEMU does neither: it writes COMMAND before it takes the BAR out of its guest's address space, and dies if
+    another processor of the guest touches the BAR in between, as no driver does that owns it. A client could
+    cut or grow the file itself, which makes its own accesses fault or read all ones and nobody else's. It
+    costs a copy of what was written, both ways. The file's lock is shared with the client, so one that has
+    the kernel fill much of the file delays the server for as long. Pages that the client pinned stay with it,
+    and are no longer the card's.
     """

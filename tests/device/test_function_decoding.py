@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from device.dma import PROT_DMA_READ, PROT_DMA_WRITE, DmaWindows
 from device.errors import DeviceError
 from device.function import (
     Bar,
@@ -324,6 +325,33 @@ def test_sealed_memory_and_registers_cannot_be_poisoned() -> None:
         assert refusal(lambda: made.function.poison(2, 0)) == errno.EOPNOTSUPP
         assert refusal(lambda: made.function.poison(0, 0)) == errno.EINVAL
         assert ear.heard() == 0
+
+
+@pytest.mark.parametrize("gone", ["poison", "decoding", "reset"])
+def test_dma_of_a_peer_to_a_page_that_is_gone_fails(enforced: Card, client: Mapping, gone: str) -> None:
+    """It may be told of it by zeros once."""
+    client.store(PAGE, b"secret")
+    peer = DmaWindows()
+    peer.map(0, SIZE, PROT_DMA_READ | PROT_DMA_WRITE, enforced.memory.fd)
+    assert peer.read(PAGE, 6) == b"secret"
+    if gone == "poison":
+        enforced.function.poison(2, PAGE)
+    elif gone == "decoding":
+        enforced.command(0)
+    else:
+        enforced.function.reset(ResetKind.DEVICE)
+    with suppress(DeviceError):
+        assert peer.read(PAGE, 6) == bytes(6)
+    assert refusal(partial(peer.read, PAGE, 6)) == errno.EFAULT
+    assert refusal(partial(peer.write, PAGE, b"x")) == errno.EFAULT
+    assert peer.lost_backings() == 1
+    enforced.memory.repair()
+    enforced.command(MEMORY)
+    assert refusal(partial(peer.read, PAGE, 6)) == errno.EFAULT
+    peer.unmap_all()
+    peer.map(0, SIZE, PROT_DMA_READ | PROT_DMA_WRITE, enforced.memory.fd)
+    assert peer.read(PAGE, 6) == (b"secret" if gone == "decoding" else bytes(6))
+    peer.unmap_all()
 
 
 # --- migration

@@ -191,7 +191,8 @@ def serve(
       enforced     The card takes its memory back: whoever touches it gets
                    SIGBUS, and BARs answer EIO, until it is switched on again.
                    Protects the card from its client, but not the client from
-                   SIGBUS; switching costs a copy of what was written.
+                   SIGBUS: a guest that touches the memory while it switches it
+                   off ends its QEMU. Switching copies what was written.
 
     \b
     Examples:
