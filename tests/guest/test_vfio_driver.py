@@ -9,6 +9,8 @@ engine alone: libvfio-user refuses the unmaps of such a QEMU, and has too few wi
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -17,7 +19,7 @@ import pytest
 import trio
 
 from device.revocation import Revocation
-from tests.guest import GuestResult, Root, boot
+from tests.guest import Root, boot
 from tests.guest._machine import accelerator
 from tests.guest.cards import serve_cards
 from tests.guest.programs import Step, program, read_steps
@@ -45,8 +47,11 @@ vfio_driver frames $a
 vfio_driver peers $a $b
 vfio_driver lines $a $b
 vfio_driver churn $a
-tell end; await_host
+tell quiet; await_host
 vfio_driver registers $a
+tell registers; await_host
+vfio_driver storm $a $b
+tell storm; await_host
 """
 
 PAGE, HUGE_PAGE = 4096, 2 << 20
@@ -64,12 +69,27 @@ SHOWN = [
     "map_bar_misaligned",
     "map_peers_bar",
     "bulk",
-    "end",
+    "quiet",
+    "registers",
+    "storm",
 ]
 
 Windows = list[tuple[int, int, int, bool]]
 READ_WRITE = 3
 RX, TX = 0, 1
+NOWHERE = "a buffer is not in a DMA window that allows the access"
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """How things were when the program showed them."""
+
+    windows: list[Windows]
+    """Each card's."""
+    said: str
+    """What QEMU had printed to its stderr."""
+    warnings: list[str]
+    """What the cards had logged."""
 
 
 @dataclass
@@ -77,33 +97,39 @@ class Story:
     """What was seen of the program."""
 
     steps: dict[str, Step] = field(default_factory=dict)
-    windows: dict[str, list[Windows]] = field(default_factory=dict)
-    """Each card's at the moments of `SHOWN`."""
-    warnings: list[str] = field(default_factory=list)
-    """What the cards logged."""
-    said: str = ""
-    """What QEMU had printed to its stderr before registers were mapped."""
-    result: GuestResult | None = None
+    moments: dict[str, Moment] = field(default_factory=dict)
+    """Those of `SHOWN`."""
+    status: int | None = None
 
     def good(self, *names: str) -> None:
         """AssertionError unless all these steps were made and went well."""
-        assert [self.steps.get(name) for name in names if name not in self.steps] == []
+        assert [name for name in names if name not in self.steps] == []
         assert [self.steps[name] for name in names if not self.steps[name].good] == []
 
-
-class Warnings(logging.Handler):
-    """Keeps what is logged as a warning or worse."""
-
-    def __init__(self, kept: list[str]) -> None:
-        super().__init__(logging.WARNING)
-        self._kept = kept
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """See Handler."""
-        self._kept.append(record.getMessage())
+    def said_between(self, first: str, last: str) -> list[str]:
+        """What QEMU printed from one moment to another."""
+        return self.moments[last].said.removeprefix(self.moments[first].said).splitlines()
 
 
-async def _watch(root: Root, revocation: Revocation, folder: Path, story: Story) -> None:
+@contextmanager
+def kept_warnings(kept: list[str]) -> Iterator[None]:
+    """Add what is logged as a warning or worse."""
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            kept.append(record.getMessage())
+
+    keeper = Keeper(logging.WARNING)
+    logging.getLogger().addHandler(keeper)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(keeper)
+
+
+async def _watch(root: Root, revocation: Revocation, folder: Path) -> Story:
+    story = Story()
+    warnings: list[str] = []
     accel = await accelerator(root)
     async with (
         serve_cards(folder, ["loopback", "loopback"], revocation=revocation) as cards,
@@ -118,13 +144,16 @@ async def _watch(root: Root, revocation: Revocation, folder: Path, story: Story)
             deadline=PATIENCE,
         ) as guest,
     ):
-        for name in SHOWN:
-            await guest.expect(name)
-            story.windows[name] = [sorted(card.nic.function.dma.windows()) for card in cards]
-            story.said = guest.qemu_stderr
-            guest.say()
-        story.result = await guest.wait(check=False, clean_stderr=False)
-    story.steps = {step.name: step for step in read_steps(story.result.output)}
+        with kept_warnings(warnings):
+            for name in SHOWN:
+                await guest.expect(name)
+                windows = [sorted(card.nic.function.dma.windows()) for card in cards]
+                story.moments[name] = Moment(windows, guest.qemu_stderr, warnings.copy())
+                guest.say()
+            result = await guest.wait(check=False, clean_stderr=False)
+    story.status = result.status
+    story.steps = {step.name: step for step in read_steps(result.output)}
+    return story
 
 
 @pytest.fixture(scope="module", params=list(Revocation), ids=lambda way: way.value)
@@ -132,14 +161,7 @@ def story(
     guest_root: Root, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Story:
     """The program, run to its end in a guest with two cards."""
-    told = Story()
-    handler = Warnings(told.warnings)
-    logging.getLogger().addHandler(handler)
-    try:
-        trio.run(_watch, guest_root, request.param, tmp_path_factory.mktemp("vfio_driver"), told)
-    finally:
-        logging.getLogger().removeHandler(handler)
-    return told
+    return trio.run(_watch, guest_root, request.param, tmp_path_factory.mktemp("vfio_driver"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,17 +185,16 @@ def span(windows: Windows) -> Span:
 
 
 def test_the_program_comes_to_its_end_and_qemu_has_nothing_to_say(story: Story) -> None:
-    parts = ("bars", "interrupts", "frames", "peers", "lines", "churn", "registers")
+    parts = ("bars", "interrupts", "frames", "peers", "lines", "churn", "registers", "storm")
     story.good(*(f"{part}_end" for part in parts))
     assert [step for step in story.steps.values() if not step.good] == []
-    assert story.result is not None
-    assert story.result.status == 0
-    assert story.said == ""
+    assert story.status == 0
+    assert story.moments["quiet"].said == ""
 
 
 def test_memory_that_is_mapped_for_dma_reaches_the_card_with_its_descriptor(story: Story) -> None:
     story.good("map_memory")
-    mapped, other = story.windows["map_memory"]
+    mapped, other = story.moments["map_memory"].windows
     assert span(mapped).start == OWN
     assert span(mapped).size == OWN_SIZE
     assert span(mapped).has_descriptor
@@ -188,17 +209,17 @@ def test_what_is_mapped_already_and_a_part_of_it_are_refused(story: Story) -> No
 def test_a_whole_bar_is_mapped_for_dma_in_huge_pages(story: Story) -> None:
     """QEMU has no descriptor to give for a BAR that it has mapped itself: the card will have to ask it."""
     story.good("map_full_bar")
-    assert span(story.windows["map_full_bar"][0]) == Span(BAR, BAR_SIZE, HUGE_PAGE, False)
+    assert span(story.moments["map_full_bar"].windows[0]) == Span(BAR, BAR_SIZE, HUGE_PAGE, False)
 
 
 def test_a_part_of_a_bar_is_mapped_for_dma(story: Story) -> None:
     story.good("map_partial_bar")
-    assert span(story.windows["map_partial_bar"][0]) == Span(BAR, BAR_SIZE // 2, HUGE_PAGE, False)
+    assert span(story.moments["map_partial_bar"].windows[0]) == Span(BAR, BAR_SIZE // 2, HUGE_PAGE, False)
 
 
 def test_a_bar_that_lies_askew_of_huge_pages_is_mapped_in_small_ones(story: Story) -> None:
     story.good("map_bar_misaligned")
-    mapped = span(story.windows["map_bar_misaligned"][0])
+    mapped = span(story.moments["map_bar_misaligned"].windows[0])
     assert mapped == Span(BAR + 2 * PAGE, BAR_SIZE // 2, PAGE, False)
 
 
@@ -241,7 +262,7 @@ def test_the_driver_starts_again_after_a_reset_and_does_not_have_to_when_memory_
 
 
 def test_a_peers_bar_is_mapped_in_the_clients_of_both_cards(story: Story) -> None:
-    for windows in story.windows["map_peers_bar"]:
+    for windows in story.moments["map_peers_bar"].windows:
         own = [window for window in windows if window[0] < BAR]
         assert span(own).has_descriptor
         assert span(windows[len(own) :]) == Span(BAR, BAR_SIZE, HUGE_PAGE, False)
@@ -275,25 +296,32 @@ def test_a_cards_own_bar_is_as_good_as_a_peers_also_while_qemu_maps_none_because
 
 def test_registers_are_mapped_by_the_kernel_but_not_by_qemu(story: Story) -> None:
     story.good("map_registers", "sent_from_registers", "own_memory_after_registers")
-    assert story.result is not None
-    said = story.result.qemu_stderr.removeprefix(story.said).splitlines()
+    said = story.said_between("quiet", "registers")
     assert said
     assert [line for line in said if "iommu map to non memory area" not in line] == []
 
 
 def test_ten_thousands_of_mappings_come_and_go_and_the_card_works_on(story: Story) -> None:
     story.good("pairs", "bulk", "strays", "frame_after_all", "unmap_all", "attached_again")
-    bulk = [window for window in story.windows["bulk"][0] if window[0] >= BAR]
+    bulk = [window for window in story.moments["bulk"].windows[0] if window[0] >= BAR]
     assert span(bulk) == Span(BAR, BULK, PAGE, True)
 
 
 def test_a_driver_that_has_gone_leaves_nothing_mapped(story: Story) -> None:
-    assert story.windows["end"] == [[], []]
+    assert story.moments["quiet"].windows == [[], []]
 
 
 def test_cards_complain_of_nothing_but_the_buffers_that_were_taken_from_them(story: Story) -> None:
-    lost = [message.partition(": ")[2] for message in story.warnings]
-    assert lost == [
-        f"queue {queue} is broken: a buffer is not in a DMA window that allows the access"
-        for queue in (TX, RX, TX, TX)
-    ]
+    lost = [message.partition(": ")[2] for message in story.moments["registers"].warnings]
+    assert lost == [f"queue {queue} is broken: {NOWHERE}" for queue in (TX, RX, TX, TX)]
+
+
+def test_memory_may_be_taken_away_at_any_moment_of_a_frames_way(story: Story) -> None:
+    """Each frame arrives whole, or the card says that it needs a reset. QEMU may have been asked about memory
+    that is not mapped any more.
+    """
+    story.good("storm", "after_the_storm")
+    warnings = story.moments["storm"].warnings
+    assert [message for message in warnings if not message.endswith(NOWHERE)] == []
+    said = story.said_between("registers", "storm")
+    assert [line for line in said if "vtd_" not in line and "compression of faults" not in line] == []
