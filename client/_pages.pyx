@@ -260,17 +260,25 @@ cdef class Pages:
             value = pages_load8(p)
         return None if self._is_lost(at, width) else value
 
-    def store(self, Py_ssize_t at, int width, value):
-        cdef uint8_t *p = self._number(at, width)
+    cdef void _put(self, uint8_t *p, int width, uint64_t value) noexcept:
         if width == 4:
-            pages_store32(p, value)
+            pages_store32(p, <uint32_t>value)
         elif width == 8:
             pages_store64(p, value)
         elif width == 2:
-            pages_store16(p, value)
+            pages_store16(p, <uint16_t>value)
         else:
-            pages_store8(p, value)
-        return not self._is_lost(at, width)
+            pages_store8(p, <uint8_t>value)
+
+    def store(self, Py_ssize_t at, int width, uint64_t value):
+        cdef uint8_t *p = self._number(at, width)
+        if width < 8 and value >> 8 * width:
+            raise OverflowError(f"{value:#x} in {width} bytes")
+        self._put(p, width, value)
+        if not self._is_lost(at, width):
+            return True
+        self._put(p, width, <uint64_t>-1)   # it went to private memory, which is to read as ones
+        return False
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
         if self._start == NULL:

@@ -168,7 +168,8 @@ class Life(RuleBasedStateMachine):
         for area, view in getattr(self, "views", ()):
             start = self.AREAS[area][0]
             here = self.present[area] and area not in self.lost
-            assert bytes(view[8:12]) == (self.content[start + 8 : start + 12] if here else b"\xff" * 4)
+            found = bytes(view[8:12])
+            assert found == (self.content[start + 8 : start + 12] if here else b"\xff" * 4)
 
     @invariant()
     def the_state_is_that_of_the_model(self) -> None:
