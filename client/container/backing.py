@@ -105,7 +105,11 @@ class PageMemory:
             os.close(fd)
 
     def part(self, offset: int, length: int) -> PageMemory:
-        """Some of it, which has its own `close`; raises ContainerError(EINVAL) if it has not those pages."""
+        """Some of it, which has its own `close`. Raises ContainerError: EINVAL if it has not those pages,
+        EFAULT if it is closed.
+        """
+        if self._closed:
+            raise ContainerError(EFAULT, "the memory is closed")
         if offset < 0 or length <= 0 or offset + length > self.length or offset % PAGE or length % PAGE:
             raise ContainerError(EINVAL, f"{offset:#x}+{length:#x} of {self.length:#x} bytes")
         made = PageMemory.__new__(PageMemory)

@@ -9,7 +9,7 @@ import pytest
 from client.container import ContainerError, PageMemory, open_container
 from client.container.backing import HUGE_PAGE
 from protocol.vfio import DmaMapFlags
-from tests.client.container.believer import Believed, believing
+from tests.client.container.believer import Believed, believing, refused
 from tests.client.peer import open_fds
 
 PAGE = 0x1000
@@ -54,6 +54,14 @@ async def test_memory_stays_as_long_as_it_is_mapped_or_pinned() -> None:
         await container.unmap(0x1000, PAGE)
         assert memory.fd == -1
     assert open_fds() == before
+
+
+async def test_closed_memory_cannot_be_mapped() -> None:
+    async with open_container() as container:
+        memory = PageMemory.allocate(PAGE)
+        memory.close()
+        assert await refused(container.map(0x1000, memory)) == EFAULT
+        assert container.entries == ()
 
 
 def test_a_view_may_outlive_the_memory() -> None:
