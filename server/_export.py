@@ -44,8 +44,7 @@ def export_bar(function: PciFunction, data: bytes) -> int:
         end = one.offset + one.length
         if end >= ADDRESS_SPACE:
             raise DeviceError(EOVERFLOW, f"a range at {one.offset:#x}+{one.length:#x} wraps")
-        inside = any(start <= one.offset and end <= start + size for start, size in region.mmap_areas)
-        if end > region.size or not inside:
+        if not any(start <= one.offset and end <= start + size for start, size in region.mmap_areas):
             where = f"{one.offset:#x}+{one.length:#x}"
             raise DeviceError(EINVAL, f"BAR {head.region_index} has nothing to be mapped at {where}")
     if 0 < os.fstat(region.fd).st_size < max(one.offset + one.length for one in ranges):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from errno import EACCES, EINVAL, ENODEV
+from errno import EACCES, EINVAL, ENODEV, ENOMEM
 from pathlib import Path
 
 import pytest
@@ -127,6 +127,32 @@ async def test_a_file_that_may_not_be_written_cannot_be_mapped() -> None:
                 assert export.maps == 0
         finally:
             os.close(again)
+
+
+async def test_a_view_that_cannot_come_back_holds_nothing() -> None:
+    async with an_export() as (export, session, server):
+        with ExportView(export) as imported:
+            await switch_memory(session, MEMORY_OFF)
+            again = os.open(f"/proc/self/fd/{server.fds[0]}", os.O_RDONLY)
+            os.dup2(again, export.fd, inheritable=False)
+            os.close(again)
+            await switch_memory(session, MEMORY_ON)
+            assert (export.revoked, export.maps, bytes(imported.view[:4])) == (False, 0, ONES * 4)
+            with pytest.raises(DmaBufError) as refusal:
+                imported.fault()
+            assert (refusal.value.errno, export.maps) == (EACCES, 0)
+
+
+async def test_more_than_a_process_can_map_is_refused() -> None:
+    size = 1 << 47
+    with file(size) as fd:
+        async with (
+            session_of(FakeExporter([fd]), {BAR: FakeRegion(size)}) as session,
+            exported_bar(session, BAR) as export,
+        ):
+            with pytest.raises(DmaBufError) as refusal:
+                ExportView(export)
+            assert (refusal.value.errno, export.importers) == (ENOMEM, ())
 
 
 async def test_what_the_server_takes_away_reads_as_ones_until_it_is_faulted_in_again() -> None:
