@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device._gate import Gate
-from device.dma import DmaWindows
+from device.dma import DmaWindows, PinCounters
 from device.errors import DeviceError
 from device.virtio._split import VirtQueue
 from firmware._filter import ReceiveFilter
@@ -73,6 +73,13 @@ class Control:
     def close(self) -> None:
         self.client.close()
         self.memory.close()
+
+
+@pytest.fixture
+def mapped() -> Iterator[Control]:
+    made = Control()
+    yield made
+    made.close()
 
 
 @pytest.fixture(params=[False, True], ids=["mapped", "by message"])
@@ -213,6 +220,26 @@ def test_a_command_without_room_for_an_answer_breaks_off(control: Control) -> No
     control.post(command(MAC, ADDR_SET, OTHER), room=0)
     with pytest.raises(DeviceError, match="without a byte for the answer"):
         control.control.service()
+
+
+def test_commands_that_break_off_hold_no_memory(mapped: Control) -> None:
+    mapped.post(b"\0", room=0)
+    with pytest.raises(DeviceError):
+        mapped.control.service()
+    assert mapped.dma.pins.counters == PinCounters(1, 1)
+    mapped.dma.unmap(mapped.memory.iova, mapped.memory.size)
+
+
+def test_a_command_in_memory_that_is_about_to_go_waits_until_it_stays(mapped: Control) -> None:
+    _, answer = mapped.post(bytes([RX, 0, 1]))
+    with mapped.dma.pins.leaving(0, (1 << 64) - 1, list):
+        assert not mapped.control.service()
+        assert mapped.control.unfinished
+        assert mapped.memory.read(answer, 1) == b"\xee"
+    assert mapped.control.service()
+    assert (mapped.control.unfinished, mapped.filter.promiscuous) == (False, True)
+    assert mapped.memory.read(answer, 1) == bytes([OK])
+    assert len(mapped.dma.pins) == 0
 
 
 def test_a_broken_queue_is_told(control: Control) -> None:

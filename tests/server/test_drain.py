@@ -11,6 +11,7 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
+from device.dma import PinnedError
 from device.errors import DeviceError
 from protocol import Connection, Negotiated, Refused, Request, Role
 from protocol.limits import RECEIVE_SIZE, SessionLimits
@@ -254,6 +255,7 @@ class Asked:
         self.maps: list[tuple[int, int, int, int, bool]] = []
         self.fds: list[int] = []
         self.unmaps: list[tuple[int, int]] = []
+        self.held = False
 
     def dma_map(self, flags: int, offset: int, address: int, length: int, fd: int | None) -> None:
         """Note it, and refuse the window at 0."""
@@ -264,7 +266,9 @@ class Asked:
             raise DeviceError(17, "there")
 
     def dma_unmap(self, address: int, length: int) -> None:
-        """Note it."""
+        """Note it, unless the window is held."""
+        if self.held:
+            raise PinnedError(address, address + length - 1, "test")
         self.unmaps.append((address, length))
 
 
@@ -307,6 +311,19 @@ def test_windows_without_descriptors_are_mapped_and_unmapped_in_turn(
     assert drain.run() == Outcome.EMPTY
     assert (asked.maps, asked.unmaps) == ([(3, 0, 0x1000, 0x2000, False)], [(0x1000, 0x2000)])
     assert theirs.recv(100)[16:] == message(DMA_UNMAP, struct.pack("=I", 24) + span[4:], flags=1)
+
+
+def test_an_unmap_that_has_to_wait_is_the_engines_and_so_is_what_follows(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    drain, asked = with_windows(ours)
+    asked.held = True
+    waits = message(DMA_UNMAP, struct.pack("=IIQQ", 24, 0, 0x1000, 0x2000)) + message(DMA_MAP, dma(0, 1))
+    theirs.send(message(DMA_MAP, dma(0x1000, 0x2000)) + waits)
+    assert drain.run() == Outcome.OTHER
+    assert bytes(drain.take()[0]) == waits
+    assert (len(asked.maps), asked.unmaps, drain.credit) == (1, [], 99)
 
 
 ODD_WINDOWS = {

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from device.dma import PinnedError
 from device.errors import DeviceError
 from device.function import Identity, PciFunction, ResetKind
 from device.migration.sessions import MAX_STATE, PASSES_AHEAD
 from device.migration.states import ARCS, DeviceState, MigrationFlags, path
+from tests.device.driver_side import guest_memory
 from tests.device.migration.moves import everything, load, move, saved
 from tests.device.migration.rig import MEMORY_SIZE, Rig, rigs
 
@@ -60,6 +62,28 @@ def test_any_wishes_end_in_the_state_that_the_rules_say(wanted: list[int]) -> No
 
 def test_every_arc_of_the_table_is_walked(source: Rig) -> None:
     assert set(source.migration._actions) == {(here, there) for here, row in ARCS.items() for there in row}
+
+
+@pytest.mark.parametrize(("before", "after"), [(S.RUNNING, S.STOP), (S.PRE_COPY, S.STOP_COPY)])
+def test_a_function_does_not_stop_while_memory_is_held(
+    source: Rig, before: DeviceState, after: DeviceState
+) -> None:
+    source.migration.set_state(before)
+    with guest_memory(source.function.dma) as memory, source.function.dma.pin(memory.iova, 1, 1, "test"):
+        assert source.migration.would_stop(after)
+        with pytest.raises(PinnedError, match="test"):
+            source.migration.set_state(after)
+        assert (source.stands, source.function.running, source.happened) == (before, True, [])
+    source.migration.set_state(after)
+    assert source.happened == ["stop"]
+
+
+def test_a_function_that_stands_still_goes_anywhere_whatever_is_held(source: Rig) -> None:
+    source.migration.set_state(S.STOP)
+    with guest_memory(source.function.dma) as memory, source.function.dma.pin(memory.iova, 1, 1, "test"):
+        for state in (S.STOP_COPY, S.STOP, S.RUNNING, S.PRE_COPY, S.RUNNING):
+            assert not source.migration.would_stop(state)
+            source.migration.set_state(state)
 
 
 def test_hooks_are_called_when_the_function_stops_and_runs(source: Rig) -> None:
