@@ -43,7 +43,7 @@ async def test_what_goes_beyond_the_end_of_a_region_is_cut_there() -> None:
 
 @pytest.mark.parametrize(
     "position",
-    [CONFIG + 0x100, encode(0, pci.SIZE), encode(1), encode(9), encode((1 << 23) - 1), -1, 1 << 63],
+    [CONFIG + 0x100, encode(0, pci.SIZE), encode(1), encode(9), encode(INDICES - 1), -1, 1 << 63],
 )
 async def test_there_is_nothing_elsewhere(position: int) -> None:
     async with opened() as (file, device):
