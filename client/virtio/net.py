@@ -210,14 +210,26 @@ class NetDriver:
     # life
 
     async def reset(self) -> None:
-        """Reset the device and start it anew with the same features; frames under way are lost, commands
-        fail.
-        """
+        """Start the device anew with the same features; frames under way are lost, commands fail."""
         async with self._changing:
             if not self.memory.present:
                 raise DeviceError(MEMORY_GONE)
             self._stop(ClientError("the device is being reset"))
-            await self._start()
+            if not self._watching:
+                self._watching = True
+                self._nursery.start_soon(self._watch_memory)
+            try:
+                await self._start()
+            except DeviceError:
+                if self._kept:
+                    raise
+            if not self._kept:  # it may be back, but what was written there meanwhile is not
+                self._failure = DeviceError(MEMORY_GONE)
+            self._check()
+
+    @property
+    def _kept(self) -> bool:
+        return self._watching and self.memory.present  # and was since the last reset
 
     async def stop(self) -> None:
         """Reset the device and let go of it; called at the end of `open_net`, whatever happened."""
@@ -313,27 +325,22 @@ class NetDriver:
         if missing := features & ~(await transport.offered_features()):
             raise DeviceError(f"the device does not offer {missing!r} any more")
         await transport.accept_features(features)
-        config_vector, queue_vectors = self._attachment.vectors
+        config_vector, vectors = self._attachment.vectors
         await transport.set_config_vector(config_vector)
         await self._read_config()
         rx, tx = self._queues.receive_ring(features), self._queues.transmit_ring(features)
-        self._doorbells = [
-            await _queues.start_queue(transport, RX, rx, queue_vectors[RX]),
-            await _queues.start_queue(transport, TX, tx, queue_vectors[TX]),
-        ]
+        rings = enumerate((rx, tx))
+        self._doorbells = [await _queues.start_queue(transport, n, ring, vectors[n]) for n, ring in rings]
         control = None
         if self._queues.plan.ctrl_size:
             ring = self._queues.control_ring(features)
-            self._doorbells.append(await _queues.start_queue(transport, CTRL, ring, queue_vectors[CTRL]))
+            self._doorbells.append(await _queues.start_queue(transport, CTRL, ring, vectors[CTRL]))
             control = ControlQueue(ring, self._queues.control_memory, lambda: self._kick(CTRL))
         status = await transport.add_status(Status.DRIVER_OK)
         if Status.NEEDS_RESET in status or Status.DRIVER_OK not in status:
             raise DeviceError(f"the device does not start: status {status!r}")
         self._rx, self._tx, self._control = rx, tx, control
         self._failure = None
-        if not self._watching:
-            self._watching = True
-            self._nursery.start_soon(self._watch_memory)
         self._config_signal.clear()
         tx.disable_interrupts()
         if rx.publish():
@@ -423,8 +430,7 @@ class NetDriver:
             return function(*args, **kwargs)
         except DeviceError as error:
             self._fail(error)
-            if not self.memory.present:
-                self._check()
+            self._check()
             raise
 
     async def _watch_memory(self) -> None:

@@ -59,6 +59,12 @@ async def driving(size: int = SIZE) -> AsyncIterator[tuple[NetDriver, Lent]]:
                 lent.close()
 
 
+async def turns() -> None:
+    """A few of the scheduler, while a driver starts, which takes some hundred."""
+    for _ in range(5):
+        await trio.lowlevel.checkpoint()
+
+
 async def echo(driver: NetDriver) -> None:
     await driver.send(bytes(60))
     assert await driver.receive() == bytes(60)
@@ -100,6 +106,24 @@ async def test_it_cannot_start_without_and_starts_anew_when_it_is_back() -> None
         lent.give()
         with pytest.raises(DeviceError, match=MEMORY_GONE):
             driver.send_burst([bytes(60)])
+        await driver.reset()
+        await echo(driver)
+
+
+async def test_it_does_not_start_in_memory_that_goes_meanwhile_even_if_it_comes_back() -> None:
+    async def reset(driver: NetDriver) -> None:
+        with pytest.raises(DeviceError, match=MEMORY_GONE):
+            await driver.reset()
+
+    async with driving() as (driver, lent):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reset, driver)
+            await turns()
+            lent.take()
+            await turns()
+            lent.give()
+        with pytest.raises(DeviceError, match=MEMORY_GONE):
+            await driver.receive()
         await driver.reset()
         await echo(driver)
 
