@@ -11,26 +11,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import client
-from client._pages import PAGE
 from client.dmabuf import BarExport, DmaBufError, exported_bar
 from client.export_view import ExportView
 from client.phys_vec import PhysVec
 from device.revocation import Revocation
-from tests.client.peer import FakeRegion, open_fds
-from tests.client.test_dmabuf import (
+from tests.client.exporter import (
     BAR,
     MEMORY_OFF,
     MEMORY_ON,
+    PAGE,
+    SIZE,
+    START,
     FakeExporter,
     an_export,
     file,
     session_of,
     switch_memory,
 )
+from tests.client.peer import FakeRegion, open_fds
 from tests.conformance.served import served_card
 
-START = 2 * PAGE
-SIZE = 4 * PAGE
 ONES = b"\xff"
 
 
