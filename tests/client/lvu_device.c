@@ -6,9 +6,11 @@
  *
  * BAR0, registers of 4 bytes: 0x00 and 0x04 an address (low, high), 0x08 a length of at most 1 MiB, 0x0c a command
  * (1: read client memory into 0x1000, 2: write it from there), 0x10 the errno that the command ended with; a write to
- * 0x14 triggers INTx so often, 0x18 counts the triggers that the library took. Writes of 4 bytes at 0x20 may go by an
- * eventfd instead. Clients are served one after the other until SIGTERM.
+ * 0x14 triggers INTx so often, 0x18 counts the triggers that the library took, 0x1c the resets of any kind. Writes of 4 bytes
+ * at 0x20 may go by an eventfd instead. BAR2 is memory that may be mapped. There are PCI power management at 0x40 and PCI
+ * Express with FLR at 0x50. Clients are served one after the other until SIGTERM.
  */
+#define _GNU_SOURCE
 #include <err.h>
 #include <errno.h>
 #include <signal.h>
@@ -20,10 +22,14 @@
 #include <unistd.h>
 
 #include "libvfio-user.h"
+#include "pci_caps/pm.h"
+#include "pci_caps/px.h"
 
-enum { COMMAND = 3, STATUS = 4, TRIGGER = 5, TRIGGERED = 6, DOORBELL = 0x20, BUFFER = 0x1000, BAR0_SIZE = BUFFER + (1 << 20) };
+enum { COMMAND = 3, STATUS = 4, TRIGGER = 5, TRIGGERED = 6, RESETS = 7, DOORBELL = 0x20, BUFFER = 0x1000, BAR0_SIZE = BUFFER + (1 << 20) };
+enum { BAR2_SIZE = 0x4000 };
 
 static const char *socket_path;
+static char *bar2;
 
 static void on_signal(int number)
 {
@@ -71,14 +77,51 @@ static ssize_t access_bar0(vfu_ctx_t *ctx, char *buffer, size_t count, loff_t of
     return count;
 }
 
+static ssize_t access_bar2(vfu_ctx_t *ctx, char *buffer, size_t count, loff_t offset, bool is_write)
+{
+    (void)ctx;
+    if (offset < 0 || count > BAR2_SIZE || offset > (loff_t)(BAR2_SIZE - count)) {
+        errno = EINVAL;
+        return -1;
+    }
+    memcpy(is_write ? bar2 + offset : buffer, is_write ? buffer : bar2 + offset, count);
+    return count;
+}
+
+static int reset(vfu_ctx_t *ctx, vfu_reset_type_t type)
+{
+    uint32_t *registers = vfu_get_private(ctx);
+
+    (void)type;
+    registers[RESETS]++;
+    return 0;
+}
+
+static void add_capabilities(vfu_ctx_t *ctx)
+{
+    struct pmcap pm = { .hdr.id = PCI_CAP_ID_PM, .pmcs.nsfrst = 1 };
+    struct pxcap px = { .hdr.id = PCI_CAP_ID_EXP, .pxcaps.ver = 2, .pxdcap.flrc = 1 };
+
+    if (vfu_pci_add_capability(ctx, 0x40, 0, &pm) < 0 || vfu_pci_add_capability(ctx, 0x50, 0, &px) < 0)
+        err(1, "vfu_pci_add_capability");
+    if (vfu_setup_device_reset_cb(ctx, reset) < 0)
+        err(1, "vfu_setup_device_reset_cb");
+}
+
 int main(int argc, char **argv)
 {
     static uint32_t registers[BAR0_SIZE / 4];
     vfu_ctx_t *ctx;
-    int doorbell = eventfd(0, EFD_NONBLOCK);
+    int doorbell = eventfd(0, EFD_NONBLOCK), memory = memfd_create("bar2", MFD_CLOEXEC);
+    struct iovec all = { .iov_base = NULL, .iov_len = BAR2_SIZE };
 
     if (argc != 2)
         errx(2, "usage: lvu_device SOCKET");
+    if (memory < 0 || ftruncate(memory, BAR2_SIZE) < 0)
+        err(1, "memory");
+    bar2 = mmap(NULL, BAR2_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
+    if (bar2 == MAP_FAILED)
+        err(1, "mmap");
     socket_path = argv[1];
     signal(SIGTERM, on_signal);
     ctx = vfu_create_ctx(VFU_TRANS_SOCK, socket_path, 0, registers, VFU_DEV_TYPE_PCI);
@@ -91,6 +134,10 @@ int main(int argc, char **argv)
     if (vfu_setup_region(ctx, VFU_PCI_DEV_BAR0_REGION_IDX, BAR0_SIZE, access_bar0,
                          VFU_REGION_FLAG_RW | VFU_REGION_FLAG_MEM, NULL, 0, -1, 0) < 0)
         err(1, "vfu_setup_region");
+    if (vfu_setup_region(ctx, VFU_PCI_DEV_BAR2_REGION_IDX, BAR2_SIZE, access_bar2,
+                         VFU_REGION_FLAG_RW | VFU_REGION_FLAG_MEM, &all, 1, memory, 0) < 0)
+        err(1, "vfu_setup_region");
+    add_capabilities(ctx);
     if (vfu_setup_device_dma(ctx, NULL, NULL) < 0)
         err(1, "vfu_setup_device_dma");
     if (vfu_realize_ctx(ctx) < 0)

@@ -15,6 +15,13 @@ TRIGGER: Final = 0x14
 TRIGGERED: Final = 0x18
 """Registers of BAR0: a write to the one triggers INTx so often, the other counts."""
 
+RESETS: Final = 0x1C
+"""Counts resets."""
+
+PM: Final = 0x40
+PCIE: Final = 0x50
+"""Offsets of its capabilities."""
+
 
 def lvu_device() -> str:
     """How to start it; building it needs Debian's archive once."""
