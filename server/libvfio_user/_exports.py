@@ -33,8 +33,8 @@ def terms_of(version: bytes) -> Terms:
 
 
 def asks_for_export(header: Header, look: bytes) -> bool:
-    """Whether the message that begins with ``look`` is for us."""
-    if header.command != Command.DEVICE_FEATURE or len(look) < Header.size + DeviceFeature.size:
+    """Whether the message that begins with ``look``, which may reach into the next one, is for us."""
+    if header.command != Command.DEVICE_FEATURE or header.message_size < Header.size + DeviceFeature.size:
         return False
     return DeviceFeature.decode(look, Header.size).feature == Feature.DMA_BUF
 

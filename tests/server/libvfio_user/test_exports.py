@@ -47,6 +47,16 @@ async def test_the_longest_export_comes_whole_and_the_library_goes_on(client: Ra
     assert (info.command, info.error) == (GET_INFO, 0)
 
 
+async def test_a_question_cut_short_is_not_completed_from_the_next_message(client: RawClient) -> None:
+    info = message(GET_INFO, struct.pack("=IIII", 16, 0, 0, 0), message_id=DMA_BUF)  # where flags would be
+    await client.send(message(FEATURE, bytes(4)) + info)
+    refusal, answer = await client.receive(), await client.receive()
+    assert refusal is not None
+    assert answer is not None
+    assert (refusal.command, refusal.error) == (FEATURE, errno.EINVAL)
+    assert (answer.command, answer.error) == (GET_INFO, 0)
+
+
 async def test_a_probe_needs_no_library(client: RawClient) -> None:
     probe = struct.pack("=II", 8, PROBE | DMA_BUF)
     assert (await client.do(FEATURE, probe)).payload == probe
