@@ -86,6 +86,8 @@ def mapped() -> Iterator[Control]:
 def control(request: pytest.FixtureRequest) -> Iterator[Control]:
     made = Control(by_message=request.param)
     yield made
+    counters = made.dma.pins.counters
+    assert counters.acquired == counters.released
     made.close()
 
 

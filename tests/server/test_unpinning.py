@@ -38,6 +38,8 @@ from tests.server.test_dma import dirty, start
 from tests.server.test_features import PRE_COPY, RUNNING, STOP, STOP_COPY, current, state
 from tests.server.world import PAGE, Card, World
 
+# Where a test has `mock_clock` time stands still: nothing happens because somebody has waited long enough.
+
 READ, WRITE = 1, 2
 IOVA = 0x10_0000
 SIZE = 16 * PAGE
@@ -114,7 +116,7 @@ async def client(served: World) -> RawClient:
 
 @pytest.mark.parametrize("flags", [0, BITMAP, ALL])
 async def test_an_unmap_of_any_kind_is_answered_when_the_memory_is_released(
-    served: World, client: RawClient, flags: int
+    served: World, client: RawClient, flags: int, mock_clock: trio.testing.MockClock
 ) -> None:
     await client.do(FEATURE, start())
     memory = served.function.dma
@@ -129,7 +131,9 @@ async def test_an_unmap_of_any_kind_is_answered_when_the_memory_is_released(
     assert balance(served.function) == 0
 
 
-async def test_the_bitmap_of_an_unmap_has_what_was_held_until_then(served: World, client: RawClient) -> None:
+async def test_the_bitmap_of_an_unmap_has_what_was_held_until_then(
+    served: World, client: RawClient, mock_clock: trio.testing.MockClock
+) -> None:
     await client.do(FEATURE, start())
     pin = served.function.dma.pin(IOVA + 3 * PAGE, PAGE + 1, WRITE, "test")
     assert await dirty(client, IOVA, SIZE) == {3, 4}
@@ -140,14 +144,16 @@ async def test_the_bitmap_of_an_unmap_has_what_was_held_until_then(served: World
     assert int.from_bytes(reply.payload[40:], "little") == 0b11000
 
 
-async def test_an_unmap_of_what_nobody_holds_does_not_wait(served: World, client: RawClient) -> None:
+async def test_an_unmap_of_what_nobody_holds_does_not_wait(
+    served: World, client: RawClient, mock_clock: trio.testing.MockClock
+) -> None:
     await map_window(client, 0)
     with served.function.dma.pin(IOVA, 1, READ, "test"):
         await client.do(DMA_UNMAP, unmap(address=0))
 
 
 async def test_while_it_waits_nothing_new_is_pinned_there_and_elsewhere_it_is(
-    served: World, client: RawClient
+    served: World, client: RawClient, mock_clock: trio.testing.MockClock
 ) -> None:
     await map_window(client, 0)
     memory = served.function.dma
@@ -162,7 +168,9 @@ async def test_while_it_waits_nothing_new_is_pinned_there_and_elsewhere_it_is(
         await ask.reply()
 
 
-async def test_a_release_by_another_thread_wakes_the_session(served: World, client: RawClient) -> None:
+async def test_a_release_by_another_thread_wakes_the_session(
+    served: World, client: RawClient, mock_clock: trio.testing.MockClock
+) -> None:
     pin = served.function.dma.pin(IOVA, 1, READ, "test")
     async with asking(client, DMA_UNMAP, unmap()) as ask:
         assert await ask.waits()
@@ -171,7 +179,7 @@ async def test_a_release_by_another_thread_wakes_the_session(served: World, clie
 
 
 async def test_what_the_client_says_meanwhile_is_answered_after_it_and_in_order(
-    served: World, client: RawClient
+    served: World, client: RawClient, mock_clock: trio.testing.MockClock
 ) -> None:
     pin = served.function.dma.pin(IOVA, 1, READ, "test")
     await client.send(
@@ -214,7 +222,7 @@ def test_a_server_gives_up_before_its_client_does() -> None:
 
 
 async def test_a_client_that_leaves_is_not_waited_for_even_if_it_said_more(
-    served: World, client: RawClient
+    served: World, client: RawClient, mock_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     pin = served.function.dma.pin(IOVA, SIZE, READ | WRITE, "test")
     await client.send(message(DMA_UNMAP, unmap(), message_id=1) + message(GET_INFO, INFO, message_id=2))
@@ -228,6 +236,7 @@ async def test_a_client_that_leaves_is_not_waited_for_even_if_it_said_more(
     pin.release()
     assert balance(served.function) == 0
     await another.do(DMA_UNMAP, unmap())
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 async def test_a_client_that_is_gone_does_not_wait_for_who_ignores_it(
@@ -269,7 +278,7 @@ async def test_other_cards_go_on_and_the_server_ends(tmp_path: Path) -> None:
 
 
 async def test_a_client_that_provokes_pins_without_end_finds_the_limit(
-    served: World, client: RawClient
+    served: World, client: RawClient, mock_clock: trio.testing.MockClock
 ) -> None:
     memory = served.function.dma
     pins = [memory.pin(IOVA, 1, READ, "test") for _ in range(MAX_PINS)]
@@ -289,7 +298,7 @@ async def test_a_client_that_provokes_pins_without_end_finds_the_limit(
 
 @pytest.mark.parametrize(("before", "after"), [(None, STOP), (None, STOP_COPY), (PRE_COPY, STOP_COPY)])
 async def test_a_card_stops_when_the_memory_is_released(
-    served: World, client: RawClient, before: int | None, after: int
+    served: World, client: RawClient, before: int | None, after: int, mock_clock: trio.testing.MockClock
 ) -> None:
     if before is not None:
         await client.do(FEATURE, state(before))

@@ -30,7 +30,7 @@ async def client(served: World) -> RawClient:
 
 @pytest.mark.parametrize("flags", [0, ALL])
 async def test_an_unmap_is_the_librarys_when_the_memory_is_released(
-    served: World, client: RawClient, flags: int
+    served: World, client: RawClient, flags: int, mock_clock: trio.testing.MockClock
 ) -> None:
     memory = served.function.dma
     pin = memory.pin(IOVA, 1, WRITE, "test")
@@ -45,7 +45,9 @@ async def test_an_unmap_is_the_librarys_when_the_memory_is_released(
     assert len(memory) == 0
 
 
-async def test_an_unmap_of_what_nobody_holds_does_not_wait(served: World, client: RawClient) -> None:
+async def test_an_unmap_of_what_nobody_holds_does_not_wait(
+    served: World, client: RawClient, mock_clock: trio.testing.MockClock
+) -> None:
     await map_window(client, 0)
     with served.function.dma.pin(IOVA, 1, READ, "test"):
         await client.do(DMA_UNMAP, unmap(address=0))
@@ -70,7 +72,7 @@ async def test_a_holder_that_does_not_let_go_is_named_and_the_window_stays(
 
 
 async def test_what_is_held_when_the_client_leaves_outlives_the_librarys_mapping(
-    served: World, client: RawClient
+    served: World, client: RawClient, mock_clock: trio.testing.MockClock
 ) -> None:
     pin = served.function.dma.pin(IOVA + PAGE - 1, 2, READ | WRITE, "test")
     served.function.dma.write(IOVA + PAGE - 1, b"ab")
