@@ -181,6 +181,7 @@ class Life:
             assert errno_of(attachment.detach) == (EBUSY if party.maps else 0)
             if not party.maps:
                 self.parties.remove(party)
+                party.deaf.set()  # he is still waited for if he was just being told
         else:
             party.deaf.set()
             if party.kind is Kind.LATE:
@@ -219,10 +220,11 @@ class Life:
 GIVEN_UP = [(do, 0, Kind.LATE) for do in (Do.ATTACH, Do.MAP, Do.OFF, Do.GIVE_UP)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(STEPS)
 @example([*GIVEN_UP, (Do.ON, 0, Kind.LATE), (Do.MAP, 0, Kind.LATE)])
 @example([*GIVEN_UP, (Do.OFF, 0, Kind.LATE), (Do.LET_GO, 0, Kind.LATE), (Do.ON, 0, Kind.LATE)])
+@example([(Do.ATTACH, 0, Kind.SLOW), (Do.CLOSE, 0, Kind.SLOW), (Do.DETACH, 0, Kind.SLOW)])
 async def test_nobody_maps_what_is_revoked_and_nobody_is_forgotten(
     steps: list[tuple[Do, int, Kind]],
 ) -> None:
