@@ -293,12 +293,10 @@ async def test_two_cards_in_the_memory_of_a_third_go_down_together_and_a_fourth_
                 await container.attach(session)
             lender = await enter(lending(container, await enter(client.connect(b.path)), exported=exported))
             other = await enter(lending(container, await enter(client.connect(d.path)), exported=exported))
-            half = SIZE
             nics = [
                 await enter(open_net(sessions[0], memory=lender.memory)),
                 await enter(open_net(sessions[1], memory=other.memory)),
             ]
-            assert half
             for nic in nics:
                 await echo(nic)
             errors: list[str] = []
@@ -330,7 +328,7 @@ async def test_cards_in_each_others_memory_lose_it_by_turns(tmp_path: Path) -> N
                 for session, lender in zip(sessions, reversed(lenders), strict=True)
             ]
             for _ in range(3):
-                for number, way in enumerate((Way.COMMAND, Way.COMMAND)):
+                for number, way in enumerate((Way.COMMAND, Way.D3)):
                     lender, borrower = lenders[number], nics[1 - number]
                     await echo(borrower)
                     await lender.switch.off(way)
