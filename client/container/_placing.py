@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from errno import EAGAIN
 
-import trio
-
 from client.container._device import Device
+from client.container._jobs import Jobs
 from client.container.entry import Entry
 from client.container.errors import ContainerError
 from client.container.limits import FAULT_TRIES, LockedMemory
@@ -21,12 +18,11 @@ log = logging.getLogger(__name__)
 class Placing:
     """One container's; whoever calls it has the container's lock."""
 
-    def __init__(self, locked: LockedMemory) -> None:
+    def __init__(self, locked: LockedMemory, jobs: Jobs) -> None:
         self.devices: dict[Session, Device] = {}
         """Those that are attached."""
         self._locked = locked
-        self._shields: set[trio.CancelScope] = set()
-        self._over = False
+        self._jobs = jobs
 
     async def part(self, device: Device) -> None:
         """Take everything back from a device; what it does not give is told when all was tried."""
@@ -49,13 +45,13 @@ class Placing:
                 for device in tuple(self.devices.values()):
                     await device.take(entry.iova, entry.size, reach, entry.flags)
             except BaseException:
-                with self.shielded():
+                with self._jobs.shielded():
                     await self.displace(entry)
                 raise
             if entry.source.current(reach):
                 entry.change(present=True)
                 return
-            with self.shielded():
+            with self._jobs.shielded():
                 await self.displace(entry)
         raise ContainerError(EAGAIN, "the BAR comes and goes all the time")
 
@@ -85,19 +81,3 @@ class Placing:
             failure = ContainerError(error.errno, f"what was mapped at {entry.iova:#x} does not come back")
             log.warning("%s: %s", failure, error)
             entry.change(error=failure)
-
-    @contextmanager
-    def shielded(self) -> Iterator[None]:
-        """What undoes something is not cancelled, until the container is closed and has waited for it."""
-        with trio.CancelScope(shield=not self._over) as scope:
-            self._shields.add(scope)
-            try:
-                yield
-            finally:
-                self._shields.remove(scope)
-
-    def give_up(self) -> None:
-        """Nothing more is waited for."""
-        self._over = True
-        for scope in self._shields:
-            scope.cancel()
