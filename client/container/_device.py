@@ -155,18 +155,15 @@ class Device:
         self.session.iovas.give(iova, holding.size)
 
     async def _unmap(self, holding: _Holding, iova: int, size: int) -> None:
-        sure, holding.sure = holding.sure, False
         try:
             await self.session.dma_unmap(iova, size)
         except Disconnected:
             pass
         except ServerError as refusal:
-            holding.sure = sure
-            if sure or refusal.errno not in _NOT_THERE:
+            if holding.sure or refusal.errno not in _NOT_THERE:
                 raise ContainerError(refusal.errno, "the server refuses DMA_UNMAP") from None
         except (ClientError, LocalProtocolError) as mistake:  # it let go, or it did not
             self.session.hang_up(f"nobody knows whether a window is unmapped: {mistake}")
-        holding.sure = sure
         self.session.windows.remove(iova, size)
 
     async def must_let_go(self, iova: int) -> None:
