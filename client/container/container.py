@@ -365,8 +365,8 @@ class Container:
     def pin_user(
         self, dma_unmap: DmaUnmapCallback, *, session: Session | None = None
     ) -> AbstractContextManager[PinUser]:
-        """Somebody who pins pages until the block ends, and is called, with address and size, when a mapping
-        goes in which he has some: `dma_unmap` may be a function or an async one.
+        """Somebody who pins pages until the block ends. All of them are called, with address and size, when a
+        mapping is to go in which any has pages: `dma_unmap` may be a function or an async one.
 
         With `session` he says that this device writes to pages only which he has pinned, see `dirty`. Raises
         ContainerError(ENODEV) if that is not attached.

@@ -295,6 +295,27 @@ async def test_what_a_server_says_of_the_descriptor_is_told_if_it_wants_no_messa
             assert server.windows == {}
 
 
+async def test_a_window_of_which_nobody_knows_whether_it_is_mapped_is_taken_back() -> None:
+    async with believing() as (session, server), open_container() as container:
+        await container.attach(session)
+        server.nonsense = {DMA_MAP}
+        with PageMemory.allocate(0x1000) as memory:
+            assert await refused(container.map(0x1000, memory)) == EIO
+            assert server.told == [(DMA_UNMAP, 0x1000, 0x1000)], "which the server does not know of"
+            server.nonsense.clear()
+            await container.map(0x1000, memory)
+
+
+async def test_a_server_of_which_nobody_knows_whether_it_let_go_loses_its_session() -> None:
+    async with believing() as (session, server), open_container() as container:
+        await container.attach(session)
+        with PageMemory.allocate(0x1000) as memory:
+            await container.map(0x1000, memory)
+            server.nonsense = {DMA_UNMAP}
+            assert await container.unmap(0x1000, 0x1000) == 0x1000
+        assert "nobody knows" in str(await session.wait_end())
+
+
 async def test_a_free_address_is_free_in_every_session() -> None:
     async with believing() as (session, _), open_container() as container:
         await container.attach(session)
