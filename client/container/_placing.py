@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from errno import EAGAIN
+
+import trio
 
 from client.container._device import Device
 from client.container._jobs import Jobs
 from client.container.entry import Entry
 from client.container.errors import ContainerError
-from client.container.limits import FAULT_TRIES, LockedMemory
+from client.container.limits import AT_ONCE, FAULT_TRIES, LockedMemory
 from client.session import Session
 
 log = logging.getLogger(__name__)
@@ -72,6 +75,20 @@ class Placing:
             entry.reach = None
             entry.change(present=False)
         return refusal
+
+    async def displace_all(self, entries: Sequence[Entry], *, must: bool = False) -> list[ContainerError]:
+        """The same for many, some of them at the same time; what was refused."""
+        refusals: list[ContainerError] = []
+
+        async def displace(entry: Entry) -> None:
+            if (refusal := await self.displace(entry, must=must)) is not None:
+                refusals.append(refusal)
+
+        for start in range(0, len(entries), AT_ONCE):
+            async with trio.open_nursery() as nursery:
+                for entry in entries[start : start + AT_ONCE]:
+                    nursery.start_soon(displace, entry)
+        return refusals
 
     async def bring_back(self, entry: Entry) -> None:
         """Give it to every device again; one that cannot come back says so."""

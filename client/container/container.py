@@ -249,15 +249,7 @@ class Container:
 
     async def _unmap(self, entries: Sequence[Entry]) -> int:
         there = [entry for entry in entries if entry.present]
-        refusals: list[ContainerError] = []
-
-        async def displace(entry: Entry) -> None:
-            if (refusal := await self._placing.displace(entry)) is not None:
-                refusals.append(refusal)
-
-        async with trio.open_nursery() as nursery:
-            for entry in there:
-                nursery.start_soon(displace, entry)
+        refusals = await self._placing.displace_all(there)
         if refusals:
             for entry in there:
                 await self._placing.bring_back(entry)
@@ -341,10 +333,13 @@ class Container:
         await self._jobs.carry_through(partial(self._take_back, entries))
 
     async def _take_back(self, entries: Collection[Entry]) -> None:
-        async with self._lock, trio.open_nursery() as nursery:
-            for entry in entries:
-                if entry.reach is not None and not entry.source.current(entry.reach):
-                    nursery.start_soon(partial(self._placing.displace, entry, must=True))
+        async with self._lock:
+            gone = [
+                entry
+                for entry in entries
+                if entry.reach is not None and not entry.source.current(entry.reach)
+            ]
+            await self._placing.displace_all(gone, must=True)
 
     async def _restore(self, entries: Collection[Entry]) -> None:
         await self._jobs.carry_through(partial(self._bring_back, entries))
