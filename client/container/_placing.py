@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from errno import EAGAIN
 
 import trio
@@ -84,10 +84,7 @@ class Placing:
             if (refusal := await self.displace(entry, must=must)) is not None:
                 refusals.append(refusal)
 
-        for start in range(0, len(entries), AT_ONCE):
-            async with trio.open_nursery() as nursery:
-                for entry in entries[start : start + AT_ONCE]:
-                    nursery.start_soon(displace, entry)
+        await _some_at_once(displace, entries)
         return refusals
 
     async def bring_back(self, entry: Entry) -> None:
@@ -98,3 +95,14 @@ class Placing:
             failure = ContainerError(error.errno, f"what was mapped at {entry.iova:#x} does not come back")
             log.warning("%s: %s", failure, error)
             entry.change(error=failure)
+
+    async def bring_all_back(self, entries: Sequence[Entry]) -> None:
+        """The same for many, some of them at the same time."""
+        await _some_at_once(self.bring_back, entries)
+
+
+async def _some_at_once(do: Callable[[Entry], Awaitable[None]], entries: Sequence[Entry]) -> None:
+    for start in range(0, len(entries), AT_ONCE):
+        async with trio.open_nursery() as nursery:
+            for entry in entries[start : start + AT_ONCE]:
+                nursery.start_soon(do, entry)

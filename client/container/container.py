@@ -251,8 +251,7 @@ class Container:
         there = [entry for entry in entries if entry.present]
         refusals = await self._placing.displace_all(there)
         if refusals:
-            for entry in there:
-                await self._placing.bring_back(entry)
+            await self._placing.bring_all_back(there)
             raise refusals[0]
         for entry in entries:
             self._remove(entry)
@@ -346,9 +345,8 @@ class Container:
 
     async def _bring_back(self, entries: Collection[Entry]) -> None:
         async with self._lock:
-            for entry in entries:
-                if entry.mapped and not entry.present:
-                    await self._placing.bring_back(entry)
+            away = [entry for entry in entries if entry.mapped and not entry.present]
+            await self._placing.bring_all_back(away)
 
     async def _moved(self, entry: Entry) -> None:
         """The export of a BAR may be mapped again."""

@@ -38,8 +38,8 @@ takes everything away from it. Each refusal may have taken it seconds, for pins 
 """
 
 AT_ONCE: Final = 256
-"""Mappings that are taken back at the same time: a server always has something to do, and tasks that only
-wait for their turn cost memory.
+"""Mappings that are taken back, or brought back, at the same time: a server always has something to do, and
+tasks that only wait for their turn cost memory.
 """
 
 MAX_DIRTY_REPORT: Final = ((1 << 31) - 1) * PAGE
