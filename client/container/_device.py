@@ -35,6 +35,7 @@ class _Holding:
     windows: list[tuple[int, int]] = field(default_factory=list)
     sure: bool = True
     """Whether the server has answered for every window."""
+    vanishes: bool = False
 
 
 class Device:
@@ -75,6 +76,7 @@ class Device:
             if len(self.session.windows) + len(reach.ranges) > most:
                 raise ContainerError(ENOSPC, f"the server takes {most} DMA windows at a time")
             holding = self._holding(iova, size)
+            holding.vanishes = reach.vanishes
             at = 0
             for one in reach.ranges:
                 if (iova + at, one.len) in holding.windows:
@@ -165,6 +167,12 @@ class Device:
         except (ClientError, LocalProtocolError) as mistake:  # it let go, or it did not
             self.session.hang_up(f"nobody knows whether a window is unmapped: {mistake}")
         self.session.windows.remove(iova, size)
+
+    async def let_go_for_good(self, iova: int) -> None:
+        """The same when nobody will ask again: what will vanish must not be kept."""
+        holding = self._held.get(iova)
+        must = holding is not None and holding.vanishes
+        await (self.must_let_go if must else self.let_go)(iova)
 
     async def must_let_go(self, iova: int) -> None:
         """The same for memory that is about to vanish: a server that keeps it loses its session."""

@@ -28,11 +28,13 @@ class Placing:
         self._jobs = jobs
 
     async def part(self, device: Device) -> None:
-        """Take everything back from a device; what it does not give is told when all was tried."""
+        """Take everything back from a device; what it does not give is told when all was tried. A BAR it must
+        give: nobody would ask again when that vanishes.
+        """
         refusal: ContainerError | None = None
         for iova in device.held:
             try:
-                await device.let_go(iova)
+                await device.let_go_for_good(iova)
             except ContainerError as error:
                 refusal = refusal or error
         del self.devices[device.session]

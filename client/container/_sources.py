@@ -30,6 +30,8 @@ class Reach:
     ranges: tuple[PhysVec, ...]
     view: memoryview | None = None
     generation: int = 0
+    vanishes: bool = False
+    """Whether it is a BAR, of which nobody may keep a window when it goes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,7 @@ class _Mapped:
                     raise ContainerError(error.errno, str(error)) from None
                 continue
             if mapping.generation == generation:
-                return Reach(mapping.fd, ranges, self._view, generation)
+                return Reach(mapping.fd, ranges, self._view, generation, vanishes=True)
         raise ContainerError(EAGAIN, "the BAR's mapping changes all the time")
 
     def current(self, reach: Reach) -> bool:
@@ -184,7 +186,7 @@ class _Exported:
         except DmaBufError as error:
             raise ContainerError(error.errno, str(error)) from None
         self._mapped = True
-        return Reach(self._export.fd, ranges)
+        return Reach(self._export.fd, ranges, vanishes=True)
 
     def current(self, reach: Reach) -> bool:
         return not self._export.revoked

@@ -119,7 +119,8 @@ class Container:
 
     async def detach(self, session: Session) -> None:
         """The device reaches nothing of this any more when it returns. Raises ContainerError(ENODEV) if it is
-        not attached; or what the server says, which keeps a mapping then, though it is detached.
+        not attached; or what the server says, which keeps a mapping then, though it is detached. One that
+        keeps a BAR loses its session.
         """
         await self._jobs.carry_through(partial(self._detach, session))
 

@@ -209,6 +209,15 @@ async def test_a_server_that_keeps_a_window_of_a_bar_loses_its_session(
         assert not entry.present
 
 
+async def test_a_server_that_keeps_a_window_of_a_bar_when_it_is_detached_loses_its_session() -> None:
+    async with beside_a_bar() as ((_, _, mapping), (session, server), container):
+        await container.map(0x10000, some_of(mapping))
+        server.refuse[DMA_UNMAP] = EBUSY
+        await container.detach(session)
+        await session.wait_end()
+        assert container.sessions == ()
+
+
 async def test_whoever_gives_up_switching_memory_off_has_still_sent_for_the_windows() -> None:
     async with beside_a_bar() as ((owner, device, mapping), (_, server), container):
         entry = await container.map(0x10000, some_of(mapping))
