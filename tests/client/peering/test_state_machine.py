@@ -82,7 +82,7 @@ class Do(Enum):
     PASS_TIME = auto()
 
 
-OFTEN: Final = (Do.MAP_RANGE, Do.MAP_EXPORT, Do.DMA, Do.OFF, Do.ON, Do.ON, Do.ATTACH, Do.WRITE) * 3
+OFTEN: Final = (Do.MAP_RANGE, Do.MAP_EXPORT, Do.DMA, Do.OFF, Do.OFF, Do.ON, Do.ON, Do.ATTACH, Do.WRITE) * 3
 AFTER: Final = (None, None, None, 0, 1, 1, 2, 3, 4, 6, 8, 11, 15, 20, 30)
 
 
@@ -97,7 +97,7 @@ class Step:
 
 STEPS: Final = st.lists(
     st.builds(Step, st.sampled_from([*OFTEN, *Do]), st.integers(0, SLOTS - 1), st.sampled_from(AFTER)),
-    min_size=5,
+    min_size=8,
     max_size=40,
 )
 
