@@ -13,8 +13,8 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import count
 from pathlib import Path
 from typing import Final
@@ -36,8 +36,7 @@ from tests.client.peering.processes import (
     PATIENCE_S,
     Served,
     areas,
-    lent_areas,
-    open_files,
+    leaving_nothing,
     serving_card,
     serving_engine,
     until,
@@ -62,25 +61,6 @@ SLACK: Final = 24
 """Areas of memory that come and go with the interpreter's own; a leak would be one for each change."""
 
 REVOCATIONS = pytest.mark.parametrize("revocation", Revocation, ids=lambda way: way.value)
-
-
-@contextmanager
-def nothing_left_open() -> Iterator[None]:
-    """In this process."""
-    files, lent = open_files(), lent_areas()
-    yield
-    assert open_files() == files
-    assert lent_areas() == lent
-
-
-@asynccontextmanager
-async def leaving_nothing(*cards: Served) -> AsyncIterator[None]:
-    """In any process, once the sessions are over."""
-    before = [card.open_files() for card in cards]
-    with nothing_left_open():
-        yield
-    for card, files in zip(cards, before, strict=True):
-        await until(lambda card=card, files=files: card.open_files() == files)  # type: ignore[misc]
 
 
 class Traffic:
