@@ -299,6 +299,8 @@ class Story:
         with trio.CancelScope() as scope:
             self._nursery.start_soon(self._cancel, scope, 3)
             await self._off(way)
+        for item in self._items.values():
+            item.changes = (-1, 0)  # nobody can say whether it was revoked
 
     async def _on(self, way: Way) -> None:
         await self.b.switch.on(way)
