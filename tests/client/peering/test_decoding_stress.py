@@ -45,10 +45,10 @@ from tests.client.peering.switching import Switch, Way
 from tests.client.peering.toucher import ONES, PAGE, Toucher, check_reached, label, reached
 
 THOROUGH: Final = os.environ.get("CI", "").lower() == "true"
-CHANGES: Final = 1_500 if THOROUGH else 80
-FAULTS: Final = 10_000 if THOROUGH else 500
-WORKED: Final = 2_500 if THOROUGH else 100
-CUTS: Final = 20_000 if THOROUGH else 1_000
+CHANGES: Final = 500 if THOROUGH else 80
+FAULTS: Final = 5_000 if THOROUGH else 500
+WORKED: Final = 1_000 if THOROUGH else 100
+CUTS: Final = 10_000 if THOROUGH else 1_000
 
 QUEUES: Final = 2 << 20
 """Bytes for the other card's driver; the rest of the pages are the thread's and the test's."""

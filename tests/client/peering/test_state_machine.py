@@ -28,7 +28,7 @@ from tests.client.peering.processes import lent_areas
 from tests.client.peering.story import STEPS, Do, Side, Step, Story
 
 THOROUGH: Final = os.environ.get("CI", "").lower() == "true"
-STORIES: Final = 500 if THOROUGH else 40
+STORIES: Final = 200 if THOROUGH else 40
 PARTS: Final = 3
 
 
