@@ -48,7 +48,8 @@ class Pages:
         """Put private pages there that read as ones, in place. What is written to them stays there, until
         they are mapped or zapped again. If the process has no maps left, they read as zeros.
 
-        Raises OSError: EINVAL for what are not whole pages of these; ENOMEM, never for a range that was mapped.
+        Raises OSError: EINVAL for what are not whole pages of these; ENOMEM, but never for a range that was
+        mapped.
         """
     def lost(self, at: int, length: int) -> bool:
         """Whether any of these bytes are known to be lost."""
