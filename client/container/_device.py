@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from errno import EACCES, EBADF, EEXIST, EINVAL, EIO, ENODEV, ENOENT, ENOMEM, ENOSPC, EOVERFLOW, EPERM
 from typing import Final
@@ -25,6 +27,19 @@ _UNMAPPABLE: Final = frozenset({EACCES, EBADF, EINVAL, ENODEV, ENOMEM, ENOSPC, E
 
 _NOT_THERE: Final = frozenset({EINVAL, ENOENT})
 """What a server says that is to unmap what it has not."""
+
+
+@contextmanager
+def _copy_of(fd: int) -> Iterator[int]:
+    """A BAR's may be closed by its session while a server takes its time, and be another file's then."""
+    try:
+        copy = os.dup(fd)
+    except OSError as error:
+        raise ContainerError(error.errno or EBADF, "a file that cannot be passed on") from None
+    try:
+        yield copy
+    finally:
+        os.close(copy)
 
 
 @dataclass(slots=True)
@@ -71,7 +86,7 @@ class Device:
         """Map it. Raises ContainerError, and the server has nothing of it then; only where it answered with
         nonsense, or this is cancelled, `let_go` is to be called. Nothing happens if the session is over.
         """
-        with suppress(Disconnected):
+        with suppress(Disconnected), _copy_of(reach.fd) as fd:
             most = self.session.connection.peer.max_dma_maps
             if len(self.session.windows) + len(reach.ranges) > most:
                 raise ContainerError(ENOSPC, f"the server takes {most} DMA windows at a time")
@@ -84,7 +99,7 @@ class Device:
                     continue
                 view = None if reach.view is None else reach.view[at : at + one.len]
                 try:
-                    await self._map(holding, iova + at, one.len, flags, reach.fd, one.paddr, view)
+                    await self._map(holding, iova + at, one.len, flags, fd, one.paddr, view)
                 except ContainerError:
                     if view is not None:  # which the traceback would keep, and so the BAR's mapping
                         view.release()
@@ -161,6 +176,9 @@ class Device:
             await self.session.dma_unmap(iova, size)
         except Disconnected:
             pass
+        except trio.Cancelled:
+            holding.sure = False
+            raise
         except ServerError as refusal:
             if holding.sure or refusal.errno not in _NOT_THERE:
                 raise ContainerError(refusal.errno, "the server refuses DMA_UNMAP") from None

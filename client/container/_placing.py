@@ -48,17 +48,21 @@ class Placing:
             try:
                 reach = entry.reach = entry.source.reach(entry.flags)
                 for device in tuple(self.devices.values()):
-                    await device.take(entry.iova, entry.size, reach, entry.flags)
+                    if entry.source.current(reach):  # else its descriptor may be another file's by now
+                        await device.take(entry.iova, entry.size, reach, entry.flags)
             except BaseException:
-                with self._jobs.shielded():
-                    await self.displace(entry)
+                await self._undo(entry)
                 raise
             if entry.source.current(reach):
                 entry.change(present=True)
                 return
-            with self._jobs.shielded():
-                await self.displace(entry)
+            await self._undo(entry)
         raise ContainerError(EAGAIN, "the BAR comes and goes all the time")
+
+    async def _undo(self, entry: Entry) -> None:
+        """No device may keep what nobody asks for again, or what is about to vanish."""
+        with self._jobs.shielded():
+            await self.displace(entry, must=entry.source.memory is None)
 
     async def displace(self, entry: Entry, *, must: bool = False) -> ContainerError | None:
         """Take it back from every device; from all but those that refuse, whose refusal is returned, unless

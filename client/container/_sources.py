@@ -146,7 +146,7 @@ class _Mapped:
         raise ContainerError(EAGAIN, "the BAR's mapping changes all the time")
 
     def current(self, reach: Reach) -> bool:
-        return reach.generation == self._mapping.generation
+        return reach.generation == self._mapping.generation and reach.fd == self._mapping.fd
 
     def leave(self) -> None:
         if self._view is not None:
@@ -189,7 +189,7 @@ class _Exported:
         return Reach(self._export.fd, ranges, vanishes=True)
 
     def current(self, reach: Reach) -> bool:
-        return not self._export.revoked
+        return not self._export.revoked and reach.fd == self._export.fd
 
     def leave(self) -> None:
         if self._mapped and self._attachment is not None:
