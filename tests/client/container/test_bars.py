@@ -256,7 +256,7 @@ async def test_a_server_that_keeps_a_window_which_is_unmapped_while_its_bar_vani
 async def test_nobody_is_given_the_descriptor_of_a_session_that_has_ended() -> None:
     fd = os.memfd_create("bar")
     os.ftruncate(fd, 0x4000)
-    regions = {RegionIndex.BAR2: FakeRegion(0x4000, 7, fds=(fd,))}
+    regions: dict[int, FakeRegion] = {RegionIndex.BAR2: FakeRegion(0x4000, 7, fds=(fd,))}
     over = trio.Event()
     lent: list[BarMapping] = []
 
@@ -480,10 +480,10 @@ async def test_a_window_whose_unmapping_was_given_up_is_mapped_again(
                 nursery.start_soon(container.map, 0x10000, export)
                 while server.told[-1:] != [(DMA_MAP, 0x11000, 0x2000, 3)]:
                     await trio.lowlevel.checkpoint()
-                server.gate = trio.Event()  # before what was mapped first is unmapped
+                gate = server.gate = trio.Event()  # before what was mapped first is unmapped
                 await trio.testing.wait_all_tasks_blocked()
                 scope.cancel()
-        server.gate.set()
+        gate.set()
         server.refuse_window = None
         await container.map(0x10000, export)
         assert [told[0] for told in server.told].count(DMA_UNMAP) == 2
