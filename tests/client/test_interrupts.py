@@ -190,7 +190,7 @@ async def test_errors_and_requests_are_heard_beside_everything_else(
         nursery.start_soon(serve)
         async with client.msix(session, 1), kind(session) as interrupt:
             assert await interrupt.wait() == 1
-    assert open_fds() == before
+    assert open_fds() <= before  # what others left may be collected meanwhile
 
 
 async def test_a_device_that_cannot_ask_to_be_let_go_is_told() -> None:
