@@ -414,7 +414,7 @@ class PciFunction:
                 self.dma.unmap_all()
                 self.dma.log_stop()
             self.interrupts.reset()
-            for bar in self._memory:
+            for bar in self._memory:  # before the registers, which say whether mappings come back
                 if lost:
                     bar.renew()
                 else:

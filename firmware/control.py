@@ -51,9 +51,9 @@ class ControlQueue:
         """Execute what is available; returns whether the driver wants an interrupt.
 
         A driver that keeps adding commands is served a ringful; then `unfinished` is set, and it is for the
-        caller to come back. So it is when the card changed while the client was asked for its memory, and when
-        that is about to go: a command that was not answered will be executed again, unless the driver has
-        taken the queue away. The caller holds the gate. A broken queue raises DeviceError(EIO); a chain
+        caller to come back. So it is when the card changed while the client was asked for its memory, and
+        when that is about to go: a command that was not answered will be executed again, unless the driver
+        has taken the queue away. The caller holds the gate. A broken queue raises DeviceError(EIO); a chain
         without room for the answer raises DeviceError(EINVAL).
         """
         self.unfinished = False

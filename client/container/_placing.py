@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from errno import EAGAIN
 
 import trio
 
 from client.container._device import Device
+from client.container._jobs import Jobs
 from client.container.entry import Entry
 from client.container.errors import ContainerError
-from client.container.limits import FAULT_TRIES, LockedMemory
+from client.container.limits import AT_ONCE, FAULT_TRIES, LockedMemory
 from client.session import Session
 
 log = logging.getLogger(__name__)
@@ -21,12 +21,11 @@ log = logging.getLogger(__name__)
 class Placing:
     """One container's; whoever calls it has the container's lock."""
 
-    def __init__(self, locked: LockedMemory) -> None:
+    def __init__(self, locked: LockedMemory, jobs: Jobs) -> None:
         self.devices: dict[Session, Device] = {}
         """Those that are attached."""
         self._locked = locked
-        self._shields: set[trio.CancelScope] = set()
-        self._over = False
+        self._jobs = jobs
 
     async def part(self, device: Device) -> None:
         """Take everything back from a device; what it does not give is told when all was tried."""
@@ -49,13 +48,13 @@ class Placing:
                 for device in tuple(self.devices.values()):
                     await device.take(entry.iova, entry.size, reach, entry.flags)
             except BaseException:
-                with self.shielded():
+                with self._jobs.shielded():
                     await self.displace(entry)
                 raise
             if entry.source.current(reach):
                 entry.change(present=True)
                 return
-            with self.shielded():
+            with self._jobs.shielded():
                 await self.displace(entry)
         raise ContainerError(EAGAIN, "the BAR comes and goes all the time")
 
@@ -77,6 +76,17 @@ class Placing:
             entry.change(present=False)
         return refusal
 
+    async def displace_all(self, entries: Sequence[Entry], *, must: bool = False) -> list[ContainerError]:
+        """The same for many, some of them at the same time; what was refused."""
+        refusals: list[ContainerError] = []
+
+        async def displace(entry: Entry) -> None:
+            if (refusal := await self.displace(entry, must=must)) is not None:
+                refusals.append(refusal)
+
+        await _some_at_once(displace, entries)
+        return refusals
+
     async def bring_back(self, entry: Entry) -> None:
         """Give it to every device again; one that cannot come back says so."""
         try:
@@ -86,18 +96,13 @@ class Placing:
             log.warning("%s: %s", failure, error)
             entry.change(error=failure)
 
-    @contextmanager
-    def shielded(self) -> Iterator[None]:
-        """What undoes something is not cancelled, until the container is closed and has waited for it."""
-        with trio.CancelScope(shield=not self._over) as scope:
-            self._shields.add(scope)
-            try:
-                yield
-            finally:
-                self._shields.remove(scope)
+    async def bring_all_back(self, entries: Sequence[Entry]) -> None:
+        """The same for many, some of them at the same time."""
+        await _some_at_once(self.bring_back, entries)
 
-    def give_up(self) -> None:
-        """Nothing more is waited for."""
-        self._over = True
-        for scope in self._shields:
-            scope.cancel()
+
+async def _some_at_once(do: Callable[[Entry], Awaitable[None]], entries: Sequence[Entry]) -> None:
+    for start in range(0, len(entries), AT_ONCE):
+        async with trio.open_nursery() as nursery:
+            for entry in entries[start : start + AT_ONCE]:
+                nursery.start_soon(do, entry)

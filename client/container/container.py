@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequ
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from errno import EBUSY, ENODEV, ENOSPC
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final
 
 import trio
 
@@ -25,7 +25,7 @@ from client._spans import Spans
 from client.container._checks import Place, check_permissions, check_place, check_range, selected
 from client.container._device import Device
 from client.container._following import Following
-from client.container._jobs import carry_through
+from client.container._jobs import Jobs
 from client.container._placing import Placing
 from client.container._sources import ExportListener, source_of
 from client.container.backing import Backing, PageRef
@@ -49,8 +49,6 @@ from client.session import READ_WRITE, Session
 from protocol.limits import UNMAP_TIMEOUT
 from protocol.vfio import DmaMapFlags
 
-T = TypeVar("T")
-
 
 class Container:
     """Made by `open_container`. What waits here may be cancelled: a mapping that is given up is taken back,
@@ -61,11 +59,12 @@ class Container:
         self.mode: Final = mode
         self._entry_limit = entry_limit
         self._nursery = nursery
+        self._jobs = Jobs(nursery)
         self._lock = trio.Lock()
         self._entries: Spans[Entry] = Spans()
         self._addresses = IovaSpace(FIRST_FREE)
         self._locked = LockedMemory(locked_limit)
-        self._placing = Placing(self._locked)
+        self._placing = Placing(self._locked, self._jobs)
         self._devices = self._placing.devices
         self._pinning = Pinning(mode.rules, self._entries, self._locked)
         self._following = Following(self._zapped, self._revoke, self._restore)
@@ -97,7 +96,7 @@ class Container:
         are larger than what is mapped, ENOMEM if it is the first and there is more memory than may be locked,
         EEXIST if the session uses one of the addresses, or what the server says of a mapping.
         """
-        await self._carry_through(partial(self._attach, session), revocable=True)
+        await self._jobs.carry_through(partial(self._attach, session), revocable=True)
 
     async def _attach(self, session: Session) -> None:
         async with self._lock:
@@ -113,7 +112,7 @@ class Container:
                     if entry.reach is not None:
                         await device.take(entry.iova, entry.size, entry.reach, entry.flags)
             except BaseException:
-                with self._placing.shielded(), suppress(ContainerError):
+                with self._jobs.shielded(), suppress(ContainerError):
                     await self._placing.part(device)
                 raise
             self._nursery.start_soon(self._watch, device)
@@ -122,7 +121,7 @@ class Container:
         """The device reaches nothing of this any more when it returns. Raises ContainerError(ENODEV) if it is
         not attached; or what the server says, which keeps a mapping then, though it is detached.
         """
-        await self._carry_through(partial(self._detach, session))
+        await self._jobs.carry_through(partial(self._detach, session))
 
     async def _detach(self, session: Session) -> None:
         async with self._lock:
@@ -136,7 +135,7 @@ class Container:
         """A session that ended is not attached any more."""
         with device.watching:
             await device.session.wait_end()
-            self._nursery.start_soon(self._forget, device)
+            self._jobs.start(partial(self._forget, device))
 
     async def _forget(self, device: Device) -> None:
         async with self._lock:
@@ -156,14 +155,14 @@ class Container:
         IOMMUFD has its own order, and refuses a BarRange (EFAULT) and an export of several ranges
         (EOPNOTSUPP). Then what a server says.
         """
-        return await self._carry_through(partial(self._map, iova, backing, flags), revocable=True)
+        return await self._jobs.carry_through(partial(self._map, iova, backing, flags), revocable=True)
 
     @asynccontextmanager
     async def mapped(
         self, iova: int | None, backing: Backing, flags: DmaMapFlags = READ_WRITE
     ) -> AsyncIterator[Entry]:
         """`map` until the block ends; at a free address if `iova` is None, or ContainerError(ENOSPC)."""
-        entry = await self._carry_through(partial(self._map, iova, backing, flags), revocable=True)
+        entry = await self._jobs.carry_through(partial(self._map, iova, backing, flags), revocable=True)
         try:
             yield entry
         except BaseException:
@@ -250,18 +249,9 @@ class Container:
 
     async def _unmap(self, entries: Sequence[Entry]) -> int:
         there = [entry for entry in entries if entry.present]
-        refusals: list[ContainerError] = []
-
-        async def displace(entry: Entry) -> None:
-            if (refusal := await self._placing.displace(entry)) is not None:
-                refusals.append(refusal)
-
-        async with trio.open_nursery() as nursery:
-            for entry in there:
-                nursery.start_soon(displace, entry)
+        refusals = await self._placing.displace_all(there)
         if refusals:
-            for entry in there:
-                await self._placing.bring_back(entry)
+            await self._placing.bring_all_back(there)
             raise refusals[0]
         for entry in entries:
             self._remove(entry)
@@ -323,11 +313,11 @@ class Container:
                     return 0 if pinned else await do(entries)
 
         for _ in range(UNPIN_ROUNDS):
-            done = await self._carry_through(attempt)
+            done = await self._jobs.carry_through(attempt)
             if not pinned:
                 return done
             await self._pinning.call_off(pinned)
-        done = await self._carry_through(attempt)
+        done = await self._jobs.carry_through(attempt)
         if pinned:
             raise ContainerError(EBUSY, f"pages at {pinned[0].iova:#x} stay pinned")
         return done
@@ -336,25 +326,27 @@ class Container:
 
     def _zapped(self, entries: Collection[Entry]) -> None:
         """Nobody calls `_revoke` when it is the end of the session."""
-        self._nursery.start_soon(self._take_back, entries)
+        self._jobs.start(partial(self._take_back, entries))
 
     async def _revoke(self, entries: Collection[Entry]) -> None:
-        await self._carry_through(partial(self._take_back, entries))
+        await self._jobs.carry_through(partial(self._take_back, entries))
 
     async def _take_back(self, entries: Collection[Entry]) -> None:
-        async with self._lock, trio.open_nursery() as nursery:
-            for entry in entries:
-                if entry.reach is not None and not entry.source.current(entry.reach):
-                    nursery.start_soon(partial(self._placing.displace, entry, must=True))
+        async with self._lock:
+            gone = [
+                entry
+                for entry in entries
+                if entry.reach is not None and not entry.source.current(entry.reach)
+            ]
+            await self._placing.displace_all(gone, must=True)
 
     async def _restore(self, entries: Collection[Entry]) -> None:
-        await self._carry_through(partial(self._bring_back, entries))
+        await self._jobs.carry_through(partial(self._bring_back, entries))
 
     async def _bring_back(self, entries: Collection[Entry]) -> None:
         async with self._lock:
-            for entry in entries:
-                if entry.mapped and not entry.present:
-                    await self._placing.bring_back(entry)
+            away = [entry for entry in entries if entry.mapped and not entry.present]
+            await self._placing.bring_all_back(away)
 
     async def _moved(self, entry: Entry) -> None:
         """The export of a BAR may be mapped again."""
@@ -366,8 +358,8 @@ class Container:
     def pin_user(
         self, dma_unmap: DmaUnmapCallback, *, session: Session | None = None
     ) -> AbstractContextManager[PinUser]:
-        """Somebody who pins pages until the block ends, and is called, with address and size, when a mapping
-        goes in which he has some: `dma_unmap` may be a function or an async one.
+        """Somebody who pins pages until the block ends. All of them are called, with address and size, when a
+        mapping is to go in which any has pages: `dma_unmap` may be a function or an async one.
 
         With `session` he says that this device writes to pages only which he has pinned, see `dirty`. Raises
         ContainerError(ENODEV) if that is not attached.
@@ -394,9 +386,6 @@ class Container:
 
     # the end
 
-    async def _carry_through(self, work: Callable[[], Awaitable[T]], *, revocable: bool = False) -> T:
-        return await carry_through(self._nursery, work, revocable=revocable)
-
     async def close(self) -> None:
         """Detach all devices and unmap everything. Servers get UNMAP_TIMEOUT seconds to answer; what they do
         not let go of stays taken in their sessions.
@@ -406,7 +395,7 @@ class Container:
                 for device in tuple(self._devices.values()):
                     with suppress(ContainerError):
                         await self._placing.part(device)
-        self._placing.give_up()
+        self._jobs.give_up()
         for entry in self._entries:
             self._remove(entry)
 

@@ -37,6 +37,11 @@ REVOKE_TRIES: Final = 3
 takes everything away from it. Each refusal may have taken it seconds, for pins to go.
 """
 
+AT_ONCE: Final = 256
+"""Mappings that are taken back, or brought back, at the same time: a server always has something to do, and
+tasks that only wait for their turn cost memory.
+"""
+
 MAX_DIRTY_REPORT: Final = ((1 << 31) - 1) * PAGE
 """Bytes that one report of dirty pages is about (drivers/vfio/vfio_iommu_type1.c, DIRTY_BITMAP_PAGES_MAX)."""
 

@@ -144,7 +144,6 @@ class Pinning:
         """Ask everybody once to let go of what is in these mappings."""
         for entry in entries:
             for user in tuple(self._users):
-                if entry.pins:
-                    waiting = user.dma_unmap(entry.iova, entry.size)
-                    if isawaitable(waiting):
-                        await waiting
+                waiting = user.dma_unmap(entry.iova, entry.size)
+                if isawaitable(waiting):
+                    await waiting

@@ -146,7 +146,8 @@ cdef class PinnedPages:
 
         DeviceError(ENOMEM), and nothing is pinned, when a small page cannot be pinned more often.
         """
-        if self._shift == SUBPAGE_SHIFT and self._full(offset >> self._shift, (offset + length - 1) >> self._shift):
+        cdef uint64_t last = (offset + length - 1) >> self._shift
+        if self._shift == SUBPAGE_SHIFT and self._full(offset >> self._shift, last):
             raise _too_many()
         self._make_room()
         self._count(offset, length, 1)

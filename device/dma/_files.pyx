@@ -3,7 +3,8 @@
 
 A client may truncate a file that it shares: see _sigbus.h. What it has truncated is lost, and says so.
 
-A mapping goes with the last window on it, unless somebody keeps it: then it stays, guarded, until nobody does.
+A mapping goes with the last window on it, unless somebody keeps it: then it stays, guarded, until nobody
+does.
 """
 
 import errno

@@ -422,6 +422,17 @@ def test_a_client_that_cuts_the_file_saves_and_loads_all_the_same(enforced: Card
         assert target.function.region_read(2, 0, PAGE) == b"x" + bytes(PAGE - 1)
 
 
+def test_a_card_with_less_memory_behind_a_bar_is_another_one() -> None:
+    bars = [MemoryBar(2, SIZE), MemoryBar(2, SIZE, backing=SIZE // 2)]
+    functions = [PciFunction("card", Identity(1, 2, 3, 4), bars=[bar]) for bar in bars]
+    for function in functions:
+        function.migration = Migration(function)
+    with pytest.raises(DeviceError, match="memory of 0x80000"):
+        move(*functions)
+    for function in functions:
+        function.close()
+
+
 @pytest.mark.parametrize("ahead", [True, False])
 def test_a_poisoned_card_is_not_saved(enforced: Card, client: Mapping, ahead: bool) -> None:
     migration = migration_of(enforced.function)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from errno import EAGAIN, EBUSY, EFAULT, EIO, ENODEV, EOPNOTSUPP
+from functools import partial
 
 import pytest
 import trio
 import trio.testing
 
 import client
-from client.container import BarRange, Mode, open_container
+from client.container import BarRange, Mode, PageMemory, open_container
 from client.container.limits import FAULT_TRIES, REVOKE_TRIES
 from client.dmabuf import exported_bar
 from client.mapping import BarMapping, MappingState
@@ -133,6 +134,25 @@ async def test_a_mapping_that_is_unmapped_while_it_is_away_does_not_come_back() 
             await entry.wait_back()
 
 
+async def test_a_mapping_that_goes_while_it_is_about_to_come_back_does_not() -> None:
+    async with beside_a_bar() as ((owner, _, mapping), (_, server), container):
+        entry = await container.map(0x10000, some_of(mapping))
+        await set_memory(owner, False)
+        server.gate = trio.Event()
+        with PageMemory.allocate(0x1000) as memory:
+            async with trio.open_nursery() as nursery:
+                for call in (
+                    partial(container.map, 0x1000, memory),  # which the others wait for
+                    partial(container.unmap, 0x10000, 0x2000),
+                    partial(set_memory, owner, True),
+                ):
+                    nursery.start_soon(call)
+                    await trio.testing.wait_all_tasks_blocked()
+                server.gate.set()
+        assert sorted(server.windows) == [0x1000]
+        assert not entry.present
+
+
 async def test_permissions_that_change_while_a_bar_is_away_hold_when_it_is_back() -> None:
     async with beside_a_bar() as ((owner, _, mapping), (_, server), container):
         await container.map(0x10000, some_of(mapping))
@@ -206,25 +226,38 @@ async def test_whoever_gives_up_switching_memory_off_has_still_sent_for_the_wind
 
 
 class Fickle(BarMapping):
-    """A mapping that is taken away each time that it was faulted in, so often."""
+    """A mapping that is taken away each time that it was faulted in, or looked up, so often."""
 
     times = 0
+    after_fault = True
 
     def fault(self, offset: int | None = None, length: int | None = None) -> None:
         super().fault(offset, length)
-        if self.times:
+        self._maybe_zap(self.after_fault)
+
+    def translate(self, offset: int, length: int) -> tuple[PhysVec, ...]:
+        found = super().translate(offset, length)
+        self._maybe_zap(not self.after_fault)
+        return found
+
+    def _maybe_zap(self, now: bool) -> None:
+        if now and self.times:
             self.times -= 1
             self.zap()
 
 
+@pytest.mark.parametrize("after_fault", [True, False])
 @pytest.mark.parametrize("times", [1, FAULT_TRIES - 2])
-async def test_a_mapping_that_changes_while_it_is_faulted_in_is_looked_up_again(times: int) -> None:
-    async with with_bar(Fickle) as (_, _, mapping), open_container() as container:
+async def test_a_mapping_that_changes_while_it_is_faulted_in_is_looked_up_again(
+    times: int, after_fault: bool
+) -> None:
+    async with beside_a_bar(Mode.TYPE1V2, Fickle) as ((_, _, mapping), (_, server), container):
         assert isinstance(mapping, Fickle)
-        mapping.times = times
+        mapping.times, mapping.after_fault = times, after_fault
         entry = await container.map(0x10000, some_of(mapping))
         assert entry.present
         assert mapping.generation == times
+        assert [told[0] for told in server.told] == [DMA_MAP], "no device was told of what was gone"
 
 
 async def test_a_mapping_that_always_changes_is_given_up() -> None:

@@ -12,7 +12,7 @@ import client
 from client.container import Mode, PageMemory, open_container
 from protocol.limits import UNMAP_TIMEOUT
 from protocol.vfio import DmaMapFlags
-from tests.client.container.believer import Believed, believing, refused, saying
+from tests.client.container.believer import Believed, believing, refused, saying, some_of, with_bar
 from tests.client.peer import DMA_MAP, DMA_UNMAP
 
 READ, WRITE = DmaMapFlags.READ, DmaMapFlags.WRITE
@@ -295,6 +295,27 @@ async def test_what_a_server_says_of_the_descriptor_is_told_if_it_wants_no_messa
             assert server.windows == {}
 
 
+async def test_a_window_of_which_nobody_knows_whether_it_is_mapped_is_taken_back() -> None:
+    async with believing() as (session, server), open_container() as container:
+        await container.attach(session)
+        server.nonsense = {DMA_MAP}
+        with PageMemory.allocate(0x1000) as memory:
+            assert await refused(container.map(0x1000, memory)) == EIO
+            assert server.told == [(DMA_UNMAP, 0x1000, 0x1000)], "which the server does not know of"
+            server.nonsense.clear()
+            await container.map(0x1000, memory)
+
+
+async def test_a_server_of_which_nobody_knows_whether_it_let_go_loses_its_session() -> None:
+    async with believing() as (session, server), open_container() as container:
+        await container.attach(session)
+        with PageMemory.allocate(0x1000) as memory:
+            await container.map(0x1000, memory)
+            server.nonsense = {DMA_UNMAP}
+            assert await container.unmap(0x1000, 0x1000) == 0x1000
+        assert "nobody knows" in str(await session.wait_end())
+
+
 async def test_a_free_address_is_free_in_every_session() -> None:
     async with believing() as (session, _), open_container() as container:
         await container.attach(session)
@@ -397,3 +418,44 @@ async def test_the_modes_differ_in_what_a_range_unmaps(
             else:
                 assert await container.unmap(iova, size) == unmapped
                 assert len(server.windows) == 2 - unmapped // 0x2000
+
+
+async def test_everything_is_taken_back_when_all_is_cancelled_at_once() -> None:
+    async with with_bar() as (owner, _, mapping), believing() as (session, server):
+        with trio.CancelScope() as scope:
+            async with open_container() as container:
+                await container.attach(session)
+                with PageMemory.allocate(0x1000) as memory:
+                    async with (
+                        container.mapped(0x1000, memory),
+                        container.mapped(0x10000, some_of(mapping)),
+                        trio.open_nursery() as nursery,
+                    ):
+                        server.gate = trio.Event()
+                        nursery.start_soon(container.map, 0x2000, memory)
+                        await trio.testing.wait_all_tasks_blocked()
+                        scope.cancel()
+                        server.gate.set()
+        assert scope.cancelled_caught
+        assert server.windows == {}
+        for iova in (0x1000, 0x2000, 0x10000):
+            assert not session.iovas.in_use(iova, 0x1000)
+        mapping.close()  # nobody holds a view of it
+        assert owner.decoding.enabled
+
+
+async def test_what_is_under_way_when_all_is_cancelled_is_carried_through() -> None:
+    async with believing() as (session, server):
+        with trio.CancelScope() as scope:
+            async with open_container() as container:
+                await container.attach(session)
+                with PageMemory.allocate(0x1000) as memory:
+                    await container.map(0x1000, memory)
+                    async with trio.open_nursery() as nursery:
+                        server.gate = trio.Event()
+                        nursery.start_soon(container.unmap, 0x1000, 0x1000)
+                        await trio.testing.wait_all_tasks_blocked()
+                        scope.cancel()
+                        server.gate.set()
+        assert server.told == [(DMA_MAP, 0x1000, 0x1000, 3), (DMA_UNMAP, 0x1000, 0x1000)]
+        assert not session.iovas.in_use(0x1000, 0x1000)

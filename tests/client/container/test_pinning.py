@@ -174,6 +174,20 @@ async def test_unmap_while_pinned_calls_the_callback_and_then_finds_no_pins(asyn
             assert container.locked_pages == 0
 
 
+async def test_everybody_is_asked_whoever_has_the_pages() -> None:
+    async with pages_and_a_bar() as container:
+        asked: list[str] = []
+
+        def let_go(iova: int, size: int) -> None:
+            asked.append("who has them")
+            container.unpin(0x10000, 1, user=user)
+
+        with container.pin_user(let_go) as user, container.pin_user(lambda iova, size: asked.append("other")):
+            container.pin(0x10000, 1, READ, user=user)
+            await container.unmap(0x10000, 3 * PAGE)
+            assert asked == ["who has them", "other"]
+
+
 async def test_whoever_lets_go_page_by_page_is_asked_as_often() -> None:
     async with pages_and_a_bar() as container:
         asked = 0

@@ -51,6 +51,10 @@ class Do(Enum):
     RESET = auto()
 
 
+UNDONE = (Do.MAP_MEMORY, Do.MAP_BAR, Do.MAP_REFUSED, Do.ATTACH)
+"""What is undone when it is given up; the rest is done all the same, unless it has not begun."""
+
+
 @dataclass(frozen=True)
 class Step:
     """`number` pages from page `slot` on, or device `slot`; given up after so many turns of the scheduler."""
@@ -302,7 +306,7 @@ class Story:
         if got is not None:
             assert got == errno, step
             self.model = after
-        elif self._same(after):
+        elif step.do not in UNDONE and self._same(after):
             self.model = after
         self._check()
 

@@ -32,7 +32,6 @@ class Switch:
 
     def __init__(self, session: client.Session, config: ConfigSpace) -> None:
         self.session = session
-        self._pci = PciControl(session, config)
         self._power = self._at(config, CapabilityId.PM, 4)
         self._control = self._at(config, CapabilityId.PCIE, 8)
 
@@ -52,7 +51,7 @@ class Switch:
         """Return when the device does not answer any more."""
         match way:
             case Way.COMMAND:
-                await self._pci.set_command(Command.MEMORY, on=False)
+                await self._command(False)
             case Way.D3:
                 await self._config(self._power, D3_HOT)
             case Way.FLR:
@@ -65,7 +64,12 @@ class Switch:
         if way is Way.D3:
             await self._config(self._power, 0)
         else:
-            await self._pci.set_command(Command.MEMORY)
+            await self._command(True)
+
+    async def _command(self, on: bool) -> None:
+        """The other bits stay: a driver may have set some."""
+        pci = PciControl(self.session, await read_config(self.session))
+        await pci.set_command(Command.MEMORY, on=on)
 
     async def _config(self, offset: int, value: int) -> None:
         await self.session.region_write(RegionIndex.CONFIG, offset, value.to_bytes(2, "little"))

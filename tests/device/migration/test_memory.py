@@ -136,6 +136,21 @@ def test_a_payload_without_its_place_is_refused() -> None:
         split(bytes(15))
 
 
+@pytest.mark.parametrize(("size", "backing"), [(0x100, PAGE), (SIZE, 3 * PAGE)])
+def test_of_a_bar_all_that_is_there_travels_whatever_its_size(size: int, backing: int) -> None:
+    bar, other = MemoryBar(2, size, backing=backing), MemoryBar(2, size, backing=backing)
+    bar.store(backing - 1, b"x")
+    source, target = MemorySource(bar), MemoryTarget(other)
+    assert move(source, target) == 1
+    with pytest.raises(DeviceError):
+        target.put(backing, bytes(PAGE))
+    target.apply()
+    assert other.load(0, backing) == bar.load(0, backing)
+    target.close()
+    bar.close()
+    other.close()
+
+
 @given(st.lists(st.tuples(st.integers(0, 63), st.integers(0, 3), st.booleans()), max_size=40))
 def test_whatever_is_written_between_passes_arrives(writes: list[tuple[int, int, bool]]) -> None:
     bar, other = MemoryBar(2, 64 * PAGE), MemoryBar(2, 64 * PAGE)

@@ -1,4 +1,4 @@
-"""BARs of memory that the host maps, sealed ones: what is revoked is in test_revocation."""
+"""BARs of memory that the host maps, sealed ones: of those that are revoked test_bar_memory tells."""
 
 import errno
 import fcntl

@@ -82,7 +82,7 @@ async def test_what_is_held_when_the_client_leaves_outlives_the_librarys_mapping
     another = await served.client()
     assert served.card.resets == [ResetKind.LOST_CLIENT]
     assert pin.revoked
-    assert pin.views[0] == b"ab"
+    assert bytes(pin.views[0]) == b"ab"
     await map_window(another)
     pin.release()
     counters = served.function.dma.pins.counters

@@ -1,4 +1,4 @@
-"""Memory of a BAR whose mappings can be taken away, and given back."""
+"""The memory of a BAR whose mappings can be taken away, and given back."""
 
 import errno
 import fcntl
