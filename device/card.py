@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from device.dma import DmaWindows
 from device.function import IoEventFdArea, PciFunction, ResetKind
+from device.live_migration import LiveMigration
 from device.migration.migration import Migration
 from device.migration.sessions import Part
 from device.pci import Bar, MemoryBar
@@ -66,7 +67,8 @@ class NetworkCard:
     """A PCI function as `profile` says and its virtio transport, for `model` to give it life.
 
     Without `msix` the card has no MSI-X, and virtio drivers use INTx. `revocation` says what takes mappings
-    of its memory away.
+    of its memory away. `live_migration` is the IFC VF's block, or None: hidden or not, for who has the card
+    in hand.
     """
 
     def __init__(
@@ -83,7 +85,8 @@ class NetworkCard:
         self.profile = profile
         self.memory = MemoryBar(MEMORY_BAR, bar2_size, revocation=revocation)
         bar0 = Bar(REGISTERS_BAR, REGISTERS_SIZE)
-        bars: tuple[Bar | MemoryBar, ...] = (bar0, self.memory, Bar(LIVE_MIGRATION_BAR, LIVE_MIGRATION_SIZE))
+        bar4 = Bar(LIVE_MIGRATION_BAR, LIVE_MIGRATION_SIZE)
+        bars: tuple[Bar | MemoryBar, ...] = (bar0, self.memory, bar4)
         self.function = PciFunction(
             name,
             profile.identity,
@@ -103,6 +106,11 @@ class NetworkCard:
         bar0.claim(
             DOORBELLS, self.transport.doorbells.size, self.transport.doorbells, gated=False, name="doorbells"
         )
+        self.live_migration: LiveMigration | None = None
+        if profile.has_live_migration:
+            self.live_migration = LiveMigration(self.queues, dma, profile.ring_layout)
+            self.transport.on_reset = self.live_migration.reset
+            bar4.claim(0, LIVE_MIGRATION_SIZE, self.live_migration, name="live migration")
         self.function.on_reset = self.reset
 
     def connect_doorbells(self, fds: Sequence[int]) -> None:
@@ -114,9 +122,12 @@ class NetworkCard:
     def make_movable(self, parts: dict[bytes, Part], traits: dict[str, str]) -> Migration:
         """Give the function its migration: the card's own parts, and after them those of its model."""
         queues = ", ".join(str(queue.max_size) for queue in self.queues)
+        own: dict[bytes, Part] = {b"VIRT": TransportState(self.transport)}
+        if self.live_migration is not None:
+            own[b"LIVE"] = self.live_migration
         self.function.migration = Migration(
             self.function,
-            {b"VIRT": TransportState(self.transport), **parts},
+            {**own, **parts},
             {"profile": self.profile.text, "queues": queues, **traits},
         )
         return self.function.migration

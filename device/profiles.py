@@ -82,6 +82,14 @@ class Visibility(Enum):
     HIDDEN = "hidden"  # there is no BAR with it: no size, no bytes, nothing to map
 
 
+class RingLayout(Enum):
+    """Where drivers find ring state in the live-migration block; see device.live_migration."""
+
+    AUTO = "auto"  # told apart by the width of accesses
+    PAIRS = "pairs"  # 2019's driver, DPDK's, Linux before 6.5
+    WORDS = "words"  # Linux since 6.5
+
+
 @dataclass(frozen=True, slots=True)
 class Profile:
     """One personality. `withholds` are features, bits of Feature, that the card has and it does not offer.
@@ -99,6 +107,7 @@ class Profile:
     queue_size: int = 256
     vectors: Vectors = Vectors.PER_QUEUE
     visibility: Visibility = Visibility.EXPOSED
+    ring_layout: RingLayout = RingLayout.AUTO
 
     @property
     def text(self) -> str:
@@ -177,10 +186,13 @@ def _queue_size(profile: Profile, text: str) -> Profile:
     return replace(profile, queue_size=size)
 
 
-def _visibility(profile: Profile, text: str) -> Profile:
-    if not profile.has_live_migration:
-        raise ValueError(text)
-    return replace(profile, visibility=Visibility(text))
+def _of_live_migration(take: Callable[[Profile, str], Profile]) -> Callable[[Profile, str], Profile]:
+    def checked(profile: Profile, text: str) -> Profile:
+        if not profile.has_live_migration:
+            raise ValueError(text)
+        return take(profile, text)
+
+    return checked
 
 
 OPTIONS: Final[Mapping[str, Option]] = MappingProxyType(
@@ -200,8 +212,14 @@ OPTIONS: Final[Mapping[str, Option]] = MappingProxyType(
         "lm": Option(
             "the live-migration block in BAR 4",
             "exposed or hidden, of a profile that has one",
-            _visibility,
+            _of_live_migration(lambda profile, text: replace(profile, visibility=Visibility(text))),
             lambda profile: profile.visibility.value,
+        ),
+        "ring-state": Option(
+            "where drivers find ring state in that block",
+            "auto, pairs or words, of a profile that has one",
+            _of_live_migration(lambda profile, text: replace(profile, ring_layout=RingLayout(text))),
+            lambda profile: profile.ring_layout.value,
         ),
     }
 )

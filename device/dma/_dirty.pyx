@@ -30,6 +30,13 @@ cdef extern from *:
     int trionic_first_bit(uint64_t word) noexcept nogil
 
 
+cdef class WriteLog:
+    """Who is to hear of each write to the client's memory."""
+
+    cdef void mark(self, uint64_t iova, uint64_t length) noexcept nogil:
+        pass
+
+
 cdef class DirtyLog:
     """Nothing is marked at first."""
 
@@ -129,3 +136,28 @@ cdef class DirtyLog:
                     chunk.bits[word] ^= bit
                     page = (page - first) >> shift
                     out[page >> 3] |= 1 << (page & 7)
+
+
+cdef class Marking:
+    """Who hears of what is written: the client, and its guest."""
+
+    cdef void mark(self, uint64_t iova, uint64_t length) noexcept nogil:
+        """These bytes were written to; only while `marking`."""
+        self.mark_for_client(iova, length)
+        if self._guest_log is not None:
+            self._guest_log.mark(iova, length)
+
+    cdef void mark_for_client(self, uint64_t iova, uint64_t length) noexcept nogil:
+        """These bytes were written to, or may have been."""
+        if self.logging:
+            self._log.mark(iova, length)
+
+    @property
+    def guest_log(self):
+        """The GuestLog that hears of writes, or None."""
+        return self._guest_log
+
+    @guest_log.setter
+    def guest_log(self, WriteLog log):
+        self._guest_log = log
+        self.marking = self.logging or log is not None

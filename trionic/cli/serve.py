@@ -207,6 +207,9 @@ def serve(
       lm=exposed|hidden              whether BAR 4 is there, in which ifcvf finds
                                      ring state and dirty-page log; without it
                                      ifcvf does not bind. Not of virtio
+      ring-state=auto|pairs|words    where that ring state is: told apart by the
+                                     width of accesses, where DPDK and Linux
+                                     before 6.5 look, where Linux looks since
     A card moves only to one with the same profile and keys.
 
     \b
