@@ -7,6 +7,7 @@ ones, so no access that stays inside the structure can fail.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,8 @@ class DeclaredRegisters:
                     raise ValueError(f"{register.name} at {offset:#x} overlaps {self._at[offset].name}")
                 self._at[offset] = register
 
-    def _method(self, what: str, register: Register) -> Callable[..., int]:
-        method: Callable[..., int] = getattr(self._owner, f"_{what}_{register.name}")
+    def _method(self, what: str, register: Register) -> Callable[..., Any]:
+        method: Callable[..., Any] = getattr(self._owner, f"_{what}_{register.name}")
         return method if register.index is None else partial(method, register.index)
 
     def read(self, offset: int, count: int) -> int:
@@ -63,7 +64,7 @@ class DeclaredRegisters:
         return value
 
     def write(self, offset: int, count: int, value: int) -> None:
-        """Write `count` bytes, in ascending order; a register that is touched in part keeps its other bytes."""
+        """Write `count` bytes, the lowest first; a register that is touched in part keeps its other bytes."""
         writer = self._writers.get((offset, count))
         if writer is not None:
             writer(value)

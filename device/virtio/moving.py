@@ -15,8 +15,8 @@ from device.virtio.transport import QueueSetup, Status, VirtioPciTransport
 # status, generation, configuration vector, driver features, the three selectors
 _DEVICE = struct.Struct("<BBHQIIH")
 
-# size, desc, driver, device as written; 1 enabled or 2 stopping, event index, indirect; the first four as enabled; indices
-# (last_avail, used_index), vector, why it is broken
+# size, desc, driver, device as written; 1 enabled or 2 stopping, event index, indirect; the first four as
+# enabled; indices (last_avail, used_index), vector, why it is broken
 _QUEUE = struct.Struct("<HQQQBBBHQQQHHHB")
 _STOPPING = 2
 _NOT_IN_USE = (0, 0, 0, 0, 0, 0)
