@@ -4,14 +4,16 @@ PAGE: Final[int]
 """Bytes of a page of this machine."""
 
 MAX_SIZE: Final[int]
-"""Most bytes that are reserved at a time: 64 TiB, half of what a process has."""
+"""Most bytes that are reserved at a time: 1 TiB, what a region has at most in the kernel's device file. A
+server says how large its regions are, and what stands for them when they are zapped takes memory.
+"""
 
 ONES_CHUNK: Final[int]
 """Bytes of the file of ones that stands for zapped memory: 2 MiB, what one entry of a page table covers."""
 
 MAX_ONES_MAPS: Final[int]
 """Maps that zapped pages may consist of: a sixteenth of what Linux gives a process (vm.max_map_count,
-65,530). Beyond 8 GiB the file of ones is as long as that takes: for 64 GiB, 16 MiB.
+65,530). Beyond 8 GiB the file of ones is as long as that takes: for 64 GiB, 16 MiB, and 256 MiB at most.
 """
 
 SLOTS: Final[int]
@@ -48,7 +50,8 @@ class Pages:
         """Put private pages there that read as ones, in place. What is written to them stays there, until
         they are mapped or zapped again. If the process has no maps left, they read as zeros.
 
-        Raises OSError: EINVAL for what are not whole pages of these; ENOMEM, never for a range that was mapped.
+        Raises OSError: EINVAL for what are not whole pages of these; ENOMEM, but never for a range that was
+        mapped.
         """
     def lost(self, at: int, length: int) -> bool:
         """Whether any of these bytes are known to be lost."""

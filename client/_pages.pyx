@@ -68,7 +68,7 @@ cdef extern from *:
 
 
 PAGE = _mmap.PAGESIZE
-MAX_SIZE = 1 << 46
+MAX_SIZE = 1 << 40
 MAX_ONES_MAPS = 4096
 ONES_CHUNK = 2 << 20
 SLOTS = BAR_SLOTS

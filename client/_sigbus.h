@@ -117,6 +117,8 @@ static void bar_on_sigbus(int signo, siginfo_t *info, void *context)
     } else if (bar_previous.sa_handler != SIG_DFL && bar_previous.sa_handler != SIG_IGN) {
         bar_previous.sa_handler(signo);
         return;
+    } else if (bar_previous.sa_handler == SIG_IGN && info->si_code <= 0) {
+        return;                 /* a fault cannot be ignored */
     }
     signal(SIGBUS, SIG_DFL);    /* a fault happens again and ends the process */
     if (info->si_code <= 0)

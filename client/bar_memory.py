@@ -35,13 +35,14 @@ async def bar_memory(
     container: Container,
     mapping: BarMapping,
     *,
-    offset: int = 0,
+    offset: int | None = None,
     size: int | None = None,
     iova: int | None = None,
 ) -> AsyncIterator[BarMemory]:
-    """`size` bytes at `offset` of a BAR (the rest of the mapping by default) for all devices of a container,
+    """`size` bytes at `offset` of a BAR (what is mapped of it by default) for all devices of a container,
     until the block ends; whole pages. Nothing is cleared. Raises as `Container.map` and `BarMapping.view` do.
     """
+    offset = mapping.offset if offset is None else offset
     size = mapping.offset + mapping.length - offset if size is None else size
     async with container.mapped(iova, BarRange(mapping, offset, size)) as entry:
         memory = BarMemory(mapping.view(offset, size), entry, mapping)

@@ -136,7 +136,7 @@ class MemoryDecoding:
 
     def check_posted(self, offset: int, data: bytes) -> None:
         """`data` is about to be written to configuration space without waiting. Raises ClientError if that
-        switches BARs which are in use: somebody would have to be waited for, or told.
+        switches BARs which are in use, or being switched: somebody would have to be waited for, or told.
         """
         capabilities = self._capabilities
         if capabilities is None:
@@ -149,13 +149,13 @@ class MemoryDecoding:
         if not changes:
             return
         after = _apply(changes, self._state)
-        if self._followers and (
-            _reset in changes or self._changing.locked() or self._taken is self._answers(after)
+        if self._changing.locked() or (
+            self._followers and (_reset in changes or self._taken is self._answers(after))
         ):
             raise ClientError("a posted write must not switch the BARs while they are in use: wait for it")
         self._state = after
-        if not self._followers and self._answers(after):
-            self._taken = self._owed = False
+        if not self._followers:  # whoever follows later finds them so, and comes back as others do
+            self._taken = self._owed = not self._answers(after)
 
     async def _around(self, changes: list[Change], do: Callable[[], Awaitable[T]], *, refusable: bool) -> T:
         async with self._changing:

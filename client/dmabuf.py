@@ -90,6 +90,8 @@ class Attachment:
         if self.maps:
             raise DmaBufError(EBUSY, f"the attachment is mapped {self.maps} times")
         self.export._attachments.remove(self)
+        self.export._told.discard(self)
+        self.export._to_move.discard(self)
 
     def _check(self) -> None:
         if self not in self.export._attachments:
@@ -97,7 +99,7 @@ class Attachment:
 
 
 class BarExport:
-    """Parts of a BAR that others may use; follows the session's `decoding` until `aclose`."""
+    """Parts of a BAR that others may use; follows the session's `decoding` until it is closed."""
 
     def __init__(self, session: Session, index: int, fd: int, ranges: tuple[PhysVec, ...]) -> None:
         self.session = session
@@ -111,6 +113,9 @@ class BarExport:
         self._attachments: list[Attachment] = []
         self._told: set[Attachment] = set()
         """Who has let go since it was revoked, or will."""
+        self._to_move: set[Attachment] = set()
+        """Who has not heard yet that it is restored."""
+        self._closing = False
         self._changing = trio.Lock()
         self._idle = trio.lowlevel.ParkingLot()
         self._following = ExitStack()
@@ -147,8 +152,11 @@ class BarExport:
             raise DmaBufError(ENODEV, f"the server has taken the memory of BAR {self.index} away")
 
     def _unmapped(self) -> None:
-        if not self.maps:
-            self._idle.unpark_all()
+        if self.maps:
+            return
+        self._idle.unpark_all()
+        if self.fd < 0:
+            self._following.close()
 
     # a follower of the session's decoding
 
@@ -197,29 +205,36 @@ class BarExport:
         not answer, or after `aclose`.
         """
         async with self._changing:
-            if not self.revoked or self.fd < 0 or not self.session.decoding.enabled:
+            if self._closing or not self.session.decoding.enabled:
                 return
-            self.revoked = False
-            self._told.clear()
+            if self.revoked:
+                self.revoked = False
+                self._told.clear()
+                self._to_move.update(self._attachments)
             async with trio.open_nursery() as nursery:
-                for importer in self.importers:
-                    moved = getattr(importer, "moved", None)
-                    if moved is not None:
-                        nursery.start_soon(moved)
+                for attachment in self._to_move:
+                    nursery.start_soon(self._move, attachment)
+
+    async def _move(self, attachment: Attachment) -> None:
+        moved = getattr(attachment.importer, "moved", None)
+        if moved is not None:
+            await moved()
+        self._to_move.discard(attachment)
 
     # the end
 
     async def aclose(self) -> None:
         """Revoke it for good and close the descriptor, which is closed even if that is cancelled; raises as
-        `revoke` does.
+        `revoke` does. Until nobody has it mapped the device is kept from being switched off, even then.
         """
-        self._following.close()
+        self._closing = True
         try:
             await self.revoke()
         finally:
             fd, self.fd = self.fd, -1
             if fd >= 0:
                 os.close(fd)
+            self._unmapped()
 
 
 async def export_bar(

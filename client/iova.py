@@ -48,6 +48,8 @@ class IovaSpace:
 
     def take(self, length: int, *, align: int = 4096, at: int | None = None) -> int:
         """The start of a free range, or `at` itself if that is free; raises ClientError if there is none."""
+        if length <= 0:
+            raise ClientError(f"{length} I/O addresses")
         if at is None:
             at = self._find(length, align)
             if at is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from errno import EACCES, EBADF, EEXIST, EINVAL, EIO, ENODEV, ENOENT, ENOMEM, ENOSPC, EOVERFLOW, EPERM
 from typing import Final
@@ -27,6 +29,19 @@ _NOT_THERE: Final = frozenset({EINVAL, ENOENT})
 """What a server says that is to unmap what it has not."""
 
 
+@contextmanager
+def _copy_of(fd: int) -> Iterator[int]:
+    """A BAR's may be closed by its session while a server takes its time, and be another file's then."""
+    try:
+        copy = os.dup(fd)
+    except OSError as error:
+        raise ContainerError(error.errno or EBADF, "a file that cannot be passed on") from None
+    try:
+        yield copy
+    finally:
+        os.close(copy)
+
+
 @dataclass(slots=True)
 class _Holding:
     """What one mapping has in a session: an address there, and a window for each range of its file."""
@@ -35,6 +50,7 @@ class _Holding:
     windows: list[tuple[int, int]] = field(default_factory=list)
     sure: bool = True
     """Whether the server has answered for every window."""
+    vanishes: bool = False
 
 
 class Device:
@@ -70,11 +86,12 @@ class Device:
         """Map it. Raises ContainerError, and the server has nothing of it then; only where it answered with
         nonsense, or this is cancelled, `let_go` is to be called. Nothing happens if the session is over.
         """
-        with suppress(Disconnected):
+        with suppress(Disconnected), _copy_of(reach.fd) as fd:
             most = self.session.connection.peer.max_dma_maps
             if len(self.session.windows) + len(reach.ranges) > most:
                 raise ContainerError(ENOSPC, f"the server takes {most} DMA windows at a time")
             holding = self._holding(iova, size)
+            holding.vanishes = reach.vanishes
             at = 0
             for one in reach.ranges:
                 if (iova + at, one.len) in holding.windows:
@@ -82,7 +99,7 @@ class Device:
                     continue
                 view = None if reach.view is None else reach.view[at : at + one.len]
                 try:
-                    await self._map(holding, iova + at, one.len, flags, reach.fd, one.paddr, view)
+                    await self._map(holding, iova + at, one.len, flags, fd, one.paddr, view)
                 except ContainerError:
                     if view is not None:  # which the traceback would keep, and so the BAR's mapping
                         view.release()
@@ -159,12 +176,21 @@ class Device:
             await self.session.dma_unmap(iova, size)
         except Disconnected:
             pass
+        except trio.Cancelled:
+            holding.sure = False
+            raise
         except ServerError as refusal:
             if holding.sure or refusal.errno not in _NOT_THERE:
                 raise ContainerError(refusal.errno, "the server refuses DMA_UNMAP") from None
         except (ClientError, LocalProtocolError) as mistake:  # it let go, or it did not
             self.session.hang_up(f"nobody knows whether a window is unmapped: {mistake}")
         self.session.windows.remove(iova, size)
+
+    async def let_go_for_good(self, iova: int) -> None:
+        """The same when nobody will ask again: what will vanish must not be kept."""
+        holding = self._held.get(iova)
+        must = holding is not None and holding.vanishes
+        await (self.must_let_go if must else self.let_go)(iova)
 
     async def must_let_go(self, iova: int) -> None:
         """The same for memory that is about to vanish: a server that keeps it loses its session."""

@@ -56,6 +56,8 @@ class Jobs:
         caller goes on, and as long as it likes after that. If it is done by then, the caller has its result,
         and is cancelled when it waits next. Raises ContainerError(ENODEV) after `give_up`.
         """
+        if self._over:
+            raise ContainerError(ENODEV, "the container is closed")
         done = trio.Event()
         under_way = trio.CancelScope(shield=True)
         result: outcome.Outcome[T] | None = None

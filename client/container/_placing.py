@@ -28,11 +28,13 @@ class Placing:
         self._jobs = jobs
 
     async def part(self, device: Device) -> None:
-        """Take everything back from a device; what it does not give is told when all was tried."""
+        """Take everything back from a device; what it does not give is told when all was tried. A BAR it must
+        give: nobody would ask again when that vanishes.
+        """
         refusal: ContainerError | None = None
         for iova in device.held:
             try:
-                await device.let_go(iova)
+                await device.let_go_for_good(iova)
             except ContainerError as error:
                 refusal = refusal or error
         del self.devices[device.session]
@@ -46,17 +48,21 @@ class Placing:
             try:
                 reach = entry.reach = entry.source.reach(entry.flags)
                 for device in tuple(self.devices.values()):
-                    await device.take(entry.iova, entry.size, reach, entry.flags)
+                    if entry.source.current(reach):  # else its descriptor may be another file's by now
+                        await device.take(entry.iova, entry.size, reach, entry.flags)
             except BaseException:
-                with self._jobs.shielded():
-                    await self.displace(entry)
+                await self._undo(entry)
                 raise
             if entry.source.current(reach):
                 entry.change(present=True)
                 return
-            with self._jobs.shielded():
-                await self.displace(entry)
+            await self._undo(entry)
         raise ContainerError(EAGAIN, "the BAR comes and goes all the time")
+
+    async def _undo(self, entry: Entry) -> None:
+        """No device may keep what nobody asks for again, or what is about to vanish."""
+        with self._jobs.shielded():
+            await self.displace(entry, must=entry.source.memory is None)
 
     async def displace(self, entry: Entry, *, must: bool = False) -> ContainerError | None:
         """Take it back from every device; from all but those that refuse, whose refusal is returned, unless

@@ -30,6 +30,8 @@ class Reach:
     ranges: tuple[PhysVec, ...]
     view: memoryview | None = None
     generation: int = 0
+    vanishes: bool = False
+    """Whether it is a BAR, of which nobody may keep a window when it goes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +142,11 @@ class _Mapped:
                     raise ContainerError(error.errno, str(error)) from None
                 continue
             if mapping.generation == generation:
-                return Reach(mapping.fd, ranges, self._view, generation)
+                return Reach(mapping.fd, ranges, self._view, generation, vanishes=True)
         raise ContainerError(EAGAIN, "the BAR's mapping changes all the time")
 
     def current(self, reach: Reach) -> bool:
-        return reach.generation == self._mapping.generation
+        return reach.generation == self._mapping.generation and reach.fd == self._mapping.fd
 
     def leave(self) -> None:
         if self._view is not None:
@@ -184,10 +186,10 @@ class _Exported:
         except DmaBufError as error:
             raise ContainerError(error.errno, str(error)) from None
         self._mapped = True
-        return Reach(self._export.fd, ranges)
+        return Reach(self._export.fd, ranges, vanishes=True)
 
     def current(self, reach: Reach) -> bool:
-        return not self._export.revoked
+        return not self._export.revoked and reach.fd == self._export.fd
 
     def leave(self) -> None:
         if self._mapped and self._attachment is not None:

@@ -164,7 +164,8 @@ class PageRef:
 @dataclass(frozen=True, slots=True)
 class BarRange:
     """`length` bytes at `offset` of a region that is mapped here; no pages, but what the kernel calls a
-    PFNMAP. The mapping stays the caller's, and open while this is mapped.
+    PFNMAP. The mapping stays the caller's, and open while this is mapped. It is to follow its session's
+    `decoding`: nobody else takes it back from devices when its own stops to answer.
     """
 
     mapping: BarMapping

@@ -74,7 +74,7 @@ class Container:
     @property
     def entries(self) -> tuple[Entry, ...]:
         """What is mapped, in the order of its addresses."""
-        return tuple(self._entries)
+        return tuple(entry for entry in self._entries if entry.mapped)
 
     @property
     def sessions(self) -> tuple[Session, ...]:
@@ -109,7 +109,7 @@ class Container:
             self._devices[session] = device
             try:
                 for entry in self._entries:
-                    if entry.reach is not None:
+                    if entry.reach is not None and entry.source.current(entry.reach):
                         await device.take(entry.iova, entry.size, entry.reach, entry.flags)
             except BaseException:
                 with self._jobs.shielded(), suppress(ContainerError):
@@ -119,7 +119,8 @@ class Container:
 
     async def detach(self, session: Session) -> None:
         """The device reaches nothing of this any more when it returns. Raises ContainerError(ENODEV) if it is
-        not attached; or what the server says, which keeps a mapping then, though it is detached.
+        not attached; or what the server says, which keeps a mapping then, though it is detached. One that
+        keeps a BAR loses its session.
         """
         await self._jobs.carry_through(partial(self._detach, session))
 
@@ -179,7 +180,7 @@ class Container:
         async with self._lock:
             source = source_of(backing, self.mode.rules)
             if iova is None:
-                iova = self._free_address(source.size)
+                iova = self._free_address(source.size) if source.size > 0 else FIRST_FREE
             full = self.mode.rules.limits_entries and len(self._entries) >= self._entry_limit
             overlaps = source.size > 0 and self._entries.overlap(iova, iova + source.size)
             check_place(self.mode, Place(iova, source.size, source.offset, flags, PAGE, overlaps, full))
@@ -195,6 +196,7 @@ class Container:
             except BaseException:
                 self._remove(entry)
                 raise
+            entry.change(mapped=True)
             return entry
 
     def _free_address(self, size: int) -> int:
@@ -223,7 +225,7 @@ class Container:
 
     def _remove(self, entry: Entry) -> None:
         """Forget a mapping, which no device has any more; nothing happens if it is forgotten."""
-        if not entry.mapped:
+        if self._entries.get(entry.iova) is not entry:
             return
         if entry.source.decoding is not None:
             self._following.remove(entry.source.decoding, entry)
@@ -373,8 +375,9 @@ class Container:
 
         Raises ContainerError, in the kernel's order, and pins none: EINVAL for no pages, EACCES in TYPE1,
         EOVERFLOW beyond the last address, EBUSY while mappings are changed, EINVAL if `user` is none any
-        more; then for each page EINVAL (in IOMMUFD ENOENT) if it is not mapped, EPERM if it is not mapped for
-        `flags`, EINVAL if it is a BAR's, ENOMEM beyond the limit of locked memory.
+        more; then for each page EINVAL (in IOMMUFD ENOENT) if it is not mapped, EBUSY while it is about to
+        be, EPERM if it is not mapped for `flags`, EINVAL if it is a BAR's, ENOMEM beyond the limit of locked
+        memory.
         """
         return self._pinning.pin(iova, npages, flags, user)
 
@@ -387,8 +390,8 @@ class Container:
     # the end
 
     async def close(self) -> None:
-        """Detach all devices and unmap everything. Servers get UNMAP_TIMEOUT seconds to answer; what they do
-        not let go of stays taken in their sessions.
+        """Detach all devices, forget all pins and unmap everything. Servers get UNMAP_TIMEOUT seconds to
+        answer; what they do not let go of stays taken in their sessions.
         """
         with trio.move_on_after(UNMAP_TIMEOUT, shield=True):
             async with self._lock:
@@ -396,6 +399,7 @@ class Container:
                     with suppress(ContainerError):
                         await self._placing.part(device)
         self._jobs.give_up()
+        self._pinning.forget()
         for entry in self._entries:
             self._remove(entry)
 

@@ -5,8 +5,10 @@ else everything that is mapped. `client.dirty` has the log that devices themselv
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Collection
 from errno import EINVAL, EOVERFLOW
+from itertools import chain
 
 from client._spans import Spans
 from client.container._device import Device
@@ -59,14 +61,26 @@ class DirtyTracking:
         if found and (found[0].iova < iova or found[-1].end > iova + size):
             raise ContainerError(EINVAL, f"{iova:#x}+{size:#x} cuts a mapping")
         everything = not self.pinned_scope
-        bits = 0
+        bits = bytearray(bitmap_size(size, PAGE))
         for entry in found:
             first = (entry.iova - iova) // PAGE
             if everything:
-                bits |= (1 << entry.size // PAGE) - 1 << first
-            for page in entry.dirty | entry.pins.keys():
-                bits |= 1 << first + page
+                _mark_all(bits, first, first + entry.size // PAGE)
+            for page in chain(entry.dirty, entry.pins):
+                _mark(bits, first + page)
             entry.dirty.clear()
-        data = bits.to_bytes(bitmap_size(size, PAGE), "little")
-        words = tuple(int.from_bytes(data[at : at + 8], "little") for at in range(0, len(data), 8))
-        return DirtyBitmap(iova, size, PAGE, words)
+        return DirtyBitmap(iova, size, PAGE, struct.unpack(f"<{len(bits) // 8}Q", bits))
+
+
+def _mark(bits: bytearray, page: int) -> None:
+    bits[page // 8] |= 1 << page % 8
+
+
+def _mark_all(bits: bytearray, first: int, end: int) -> None:
+    """By whole bytes as far as there are any."""
+    begin, stop = -(-first // 8), end // 8
+    if begin >= stop:
+        begin = stop = end
+    for page in (*range(first, min(begin * 8, end)), *range(stop * 8, end)):
+        _mark(bits, page)
+    bits[begin:stop] = b"\xff" * (stop - begin)

@@ -41,7 +41,7 @@ class Entry:
         self.backing = backing
         self.present = False
         """Whether devices reach it: not while its BAR is revoked."""
-        self.mapped = True
+        self.mapped = False
         """Whether it is in the container: not before `map` returns it, and not after `unmap`."""
         self.error: ContainerError | None = None
         """Why it did not come back when its BAR did; devices do not reach it then."""

@@ -60,6 +60,11 @@ class Pinning:
                     self._put(iova)
             user.pages.clear()
 
+    def forget(self) -> None:
+        """Nobody has pins any more."""
+        for user in self._users:
+            user.pages.clear()
+
     @contextmanager
     def hold_off(self) -> Iterator[None]:
         """Mappings are taken away, and perhaps brought back: nobody pins meanwhile."""
@@ -106,6 +111,8 @@ class Pinning:
         for at in range(iova, iova + npages * PAGE, PAGE):
             if user.pages[at]:
                 user.pages[at] -= 1
+                if not user.pages[at]:
+                    del user.pages[at]
                 self._put(at)
                 count += 1
         return count
@@ -115,6 +122,8 @@ class Pinning:
         if found is None:
             raise ContainerError(self._rules.not_mapped, f"nothing is mapped at {iova:#x}")
         entry = found[2]
+        if not entry.mapped:
+            raise ContainerError(EBUSY, f"{iova:#x} is being mapped")
         if entry.flags & flags != flags:
             raise ContainerError(EPERM, f"{iova:#x} is not mapped for {flags!r}")
         page = (iova - entry.iova) // PAGE

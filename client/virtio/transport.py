@@ -14,9 +14,10 @@ from typing import Final, Literal, Self
 import trio
 
 from client._eventfd import is_eventfd, signal
-from client.bars import Bar, Width
+from client.bars import Bar
 from client.errors import DeviceError
 from client.io_fds import IoFds
+from client.mapping import Width
 from client.pci import ConfigSpace, VirtioCapability
 from client.session import Session
 from client.virtio.features import Feature

@@ -65,6 +65,18 @@ async def test_nor_come_in_between_while_they_are_being_switched() -> None:
             follower.go.set()
 
 
+async def test_nor_overtake_the_answer_to_one_that_is_waited_for_though_nobody_uses_them() -> None:
+    async with pci_device() as device:
+        decoding, answered = device.session.decoding, trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(decoding.around_write, pci.COMMAND, pci.MEMORY_ON, answered.wait)
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(client.ClientError, match="must not switch"):
+                device.session.post_write_now(RegionIndex.CONFIG, pci.COMMAND, pci.MEMORY_OFF)
+            answered.set()
+        assert decoding.enabled
+
+
 async def test_a_posted_write_to_capabilities_that_nobody_has_read_is_refused_while_bars_are_in_use() -> None:
     async with followed() as (device, _):
         with pytest.raises(client.ClientError, match="nobody has read"):

@@ -18,6 +18,7 @@ from tests.client.exporter import (
     BAR,
     GET_DMA_BUF,
     MEMORY_OFF,
+    MEMORY_ON,
     PAGE,
     REGIONS,
     SIZE,
@@ -317,3 +318,43 @@ async def test_an_export_that_is_not_followed_is_revoked_when_it_is_closed() -> 
         assert importer.told == 0
         await export.aclose()
         assert (importer.told, export.maps) == (1, 0)
+
+
+async def test_a_device_is_not_switched_off_before_one_who_lets_go_of_a_closed_export_has(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with a_session() as (session, server):
+        slow = Slow()
+        export = await export_bar(session, BAR)
+        attached(export, slow)
+        with trio.move_on_after(1):
+            await export.aclose()
+        assert (export.maps, export.fd) == (1, -1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(switch_memory, session, MEMORY_OFF)
+            await trio.testing.wait_all_tasks_blocked()
+            assert server.written == []
+            slow.lets_go.set()
+        assert (export.maps, server.written) == (0, [MEMORY_OFF])
+        assert session.decoding._followers == []
+
+
+async def test_a_closed_export_is_not_restored_while_it_is_waited_for() -> None:
+    async with a_session() as (session, server):
+        slow = Slow()
+        export = await export_bar(session, BAR)
+        attachment = attached(export, slow)
+
+        async def off_and_on() -> None:
+            await switch_memory(session, MEMORY_OFF)
+            await switch_memory(session, MEMORY_ON)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(export.aclose)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(off_and_on)
+            await trio.testing.wait_all_tasks_blocked()
+            assert server.written == []
+            slow.lets_go.set()
+        assert server.written == [MEMORY_OFF, MEMORY_ON]
+        assert (export.revoked, attachment.maps, slow.back) == (True, 0, 0)

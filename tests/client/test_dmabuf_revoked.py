@@ -9,7 +9,9 @@ import pytest
 import trio
 import trio.testing
 
+import client
 from client.dmabuf import BarExport, exported_bar
+from protocol.vfio import RegionIndex
 from tests.client.exporter import (
     BAR,
     MEMORY_OFF,
@@ -27,6 +29,19 @@ from tests.client.exporter import (
 )
 
 
+class SlowToCome(Slow):
+    """An importer that lets go at once, and takes his time to come back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lets_go.set()
+        self.comes = trio.Event()
+
+    async def moved(self) -> None:
+        await self.comes.wait()
+        self.back += 1
+
+
 async def test_an_export_while_memory_is_off_is_revoked_from_birth() -> None:
     async with a_session() as (session, _):
         await switch_memory(session, MEMORY_OFF)
@@ -38,6 +53,17 @@ async def test_an_export_while_memory_is_off_is_revoked_from_birth() -> None:
             attachment = export.attach(quick())
             attachment.map()
             attachment.unmap()
+
+
+async def test_one_that_is_revoked_from_birth_by_a_posted_write_comes_back_alike() -> None:
+    async with a_session() as (session, _):
+        session.post_write_now(RegionIndex.CONFIG, 4, MEMORY_OFF)
+        async with exported_bar(session, BAR) as export:
+            assert export.revoked
+            with pytest.raises(client.ClientError, match="must not switch"):
+                session.post_write_now(RegionIndex.CONFIG, 4, MEMORY_ON)
+            await switch_memory(session, MEMORY_ON)
+            assert not export.revoked
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["COMMAND", "DEVICE_RESET"])
@@ -221,6 +247,37 @@ async def test_one_who_gave_up_switching_memory_off_can_switch_it_on() -> None:
         await switch_memory(session, MEMORY_ON)
         assert not export.revoked
         attachment.unmap()
+
+
+async def test_one_who_was_not_told_that_it_is_back_is_told_by_the_next() -> None:
+    async with an_export() as (export, session, _):
+        slow, other = SlowToCome(), quick()
+        attached(export, slow)
+        attached(export, other)
+        await switch_memory(session, MEMORY_OFF)
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(switch_memory, session, MEMORY_ON)
+                await trio.testing.wait_all_tasks_blocked()
+                scope.cancel()
+        slow.comes.set()
+        await switch_memory(session, MEMORY_ON)
+        assert (slow.back, other.back) == (1, 1)
+
+
+async def test_one_who_leaves_meanwhile_hears_nothing() -> None:
+    async with an_export() as (export, session, _):
+        slow = SlowToCome()
+        attachment = attached(export, slow)
+        await switch_memory(session, MEMORY_OFF)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(switch_memory, session, MEMORY_ON)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        attachment.detach()
+        slow.comes.set()
+        await switch_memory(session, MEMORY_ON)
+        assert slow.back == 0
 
 
 async def test_nothing_is_restored_while_the_device_does_not_answer() -> None:

@@ -32,6 +32,13 @@ def test_an_address_may_be_asked_for_once() -> None:
         space.take(4096, at=0x4001)
 
 
+@pytest.mark.parametrize("length", [0, -1])
+def test_no_addresses_are_none_that_can_be_had(length: int) -> None:
+    for at in (None, 0x5000):
+        with pytest.raises(ClientError, match="I/O addresses"):
+            IovaSpace().take(length, at=at)
+
+
 def test_a_space_can_be_full() -> None:
     with pytest.raises(ClientError, match="are free"):
         IovaSpace().take(LAST)

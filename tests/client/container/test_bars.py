@@ -28,7 +28,7 @@ from tests.client.container.believer import (
     some_of,
     with_bar,
 )
-from tests.client.peer import DMA_MAP, DMA_UNMAP, REGION_WRITE, RESET
+from tests.client.peer import DMA_MAP, DMA_UNMAP, REGION_WRITE, RESET, FakeRegion
 
 READ = DmaMapFlags.READ
 TYPE1_MODES = pytest.mark.parametrize("mode", [Mode.TYPE1, Mode.TYPE1V2], ids=lambda mode: mode.value)
@@ -209,6 +209,92 @@ async def test_a_server_that_keeps_a_window_of_a_bar_loses_its_session(
         assert not entry.present
 
 
+async def test_a_server_that_keeps_a_window_of_a_bar_when_it_is_detached_loses_its_session() -> None:
+    async with beside_a_bar() as ((_, _, mapping), (session, server), container):
+        await container.map(0x10000, some_of(mapping))
+        server.refuse[DMA_UNMAP] = EBUSY
+        await container.detach(session)
+        await session.wait_end()
+        assert container.sessions == ()
+
+
+async def test_a_server_that_keeps_a_window_of_a_bar_that_another_refused_loses_its_session() -> None:
+    async with (
+        beside_a_bar() as ((owner, _, mapping), (session, server), container),
+        believing() as (other, refusing),
+    ):
+        await container.attach(other)
+        refusing.refuse[DMA_MAP] = EIO
+        server.refuse[DMA_UNMAP] = EBUSY
+        assert await refused(container.map(0x10000, some_of(mapping))) == EIO
+        await session.wait_end()
+        await set_memory(owner, False)
+
+
+async def test_a_server_that_keeps_a_window_which_is_unmapped_while_its_bar_vanishes_loses_its_session() -> (
+    None
+):
+    async with beside_a_bar() as ((owner, device, mapping), (session, server), container):
+        await container.map(0x10000, some_of(mapping))
+        server.refuse[DMA_UNMAP] = EBUSY
+        server.gate = trio.Event()
+
+        async def unmap() -> None:
+            assert await refused(container.unmap(0x10000, 0x2000)) == EBUSY
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(unmap)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(set_memory, owner, False)
+            await trio.testing.wait_all_tasks_blocked()
+            assert device.told == []
+            server.gate.set()
+        await session.wait_end()
+        assert device.told == [(REGION_WRITE,)]
+
+
+async def test_nobody_is_given_the_descriptor_of_a_session_that_has_ended() -> None:
+    fd = os.memfd_create("bar")
+    os.ftruncate(fd, 0x4000)
+    regions: dict[int, FakeRegion] = {RegionIndex.BAR2: FakeRegion(0x4000, 7, fds=(fd,))}
+    over = trio.Event()
+    lent: list[BarMapping] = []
+
+    async def lend(task_status: trio.TaskStatus[client.Session]) -> None:
+        async with believing(regions=regions) as (owner, _):
+            lent.append(BarMapping(owner.regions[RegionIndex.BAR2], owner.decoding))
+            task_status.started(owner)
+            await over.wait()
+
+    async with (
+        believing() as (one, first),
+        believing() as (other, second),
+        open_container() as container,
+        trio.open_nursery() as nursery,
+    ):
+        owner: client.Session = await nursery.start(lend)
+        number = owner.regions[RegionIndex.BAR2].fd
+        await container.attach(one)
+        await container.attach(other)
+        first.gate = trio.Event()
+
+        async def map_it() -> None:
+            assert await refused(container.map(0x10000, BarRange(lent[0], 0, 0x4000))) == EFAULT
+
+        nursery.start_soon(map_it)
+        await trio.testing.wait_all_tasks_blocked()
+        over.set()
+        await owner.wait_end()
+        await trio.testing.wait_all_tasks_blocked()
+        os.dup2(fd, number)  # any other file
+        first.gate.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert (first.windows, second.told) == ({}, [])
+        os.close(number)
+        lent[0].close()
+    os.close(fd)
+
+
 async def test_whoever_gives_up_switching_memory_off_has_still_sent_for_the_windows() -> None:
     async with beside_a_bar() as ((owner, device, mapping), (_, server), container):
         entry = await container.map(0x10000, some_of(mapping))
@@ -378,3 +464,27 @@ async def test_if_one_of_several_ranges_is_refused_the_others_are_taken_back() -
         assert await refused(container.map(0x10000, export)) == EIO
         assert (server.windows, len(session.windows), export.maps, export.importers) == ({}, 0, 0, ())
         assert export.ranges == tuple(PhysVec(BAR_OFFSET + at, size) for at, size in ranges)
+
+
+async def test_a_window_whose_unmapping_was_given_up_is_mapped_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    ranges = ((0x1000, 0x1000), (0x4000, 0x2000))
+    async with (
+        beside_a_bar() as ((owner, _, _), (_, server), container),
+        exported_bar(owner, RegionIndex.BAR2, ranges) as export,
+    ):
+        server.refuse_window = (0x11000, 3)
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(container.map, 0x10000, export)
+                while server.told[-1:] != [(DMA_MAP, 0x11000, 0x2000, 3)]:
+                    await trio.lowlevel.checkpoint()
+                gate = server.gate = trio.Event()  # before what was mapped first is unmapped
+                await trio.testing.wait_all_tasks_blocked()
+                scope.cancel()
+        gate.set()
+        server.refuse_window = None
+        await container.map(0x10000, export)
+        assert [told[0] for told in server.told].count(DMA_UNMAP) == 2
+        assert sorted(server.windows) == [0x10000, 0x11000]

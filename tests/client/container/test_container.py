@@ -459,3 +459,13 @@ async def test_what_is_under_way_when_all_is_cancelled_is_carried_through() -> N
                         server.gate.set()
         assert server.told == [(DMA_MAP, 0x1000, 0x1000, 3), (DMA_UNMAP, 0x1000, 0x1000)]
         assert not session.iovas.in_use(0x1000, 0x1000)
+
+
+async def test_a_container_that_is_closed_maps_and_attaches_nothing() -> None:
+    async with open_container() as container:
+        pass
+    async with believing() as (session, _):
+        with PageMemory.allocate(0x1000) as memory:
+            assert await refused(container.map(0x1000, memory)) == ENODEV
+            assert await refused(container.unmap(0x1000, 0x1000)) == ENODEV
+        assert await refused(container.attach(session)) == ENODEV

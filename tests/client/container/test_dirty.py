@@ -3,6 +3,8 @@ from __future__ import annotations
 from errno import EINVAL, EOVERFLOW
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from client.container import Container, ContainerError, PageMemory, open_container
 from client.container.limits import MAX_DIRTY_REPORT
@@ -112,3 +114,15 @@ async def test_reports_are_of_whole_mappings(iova: int, size: int, tracking: boo
             with pytest.raises(ContainerError) as caught:
                 container.dirty.report(iova, size)
             assert caught.value.errno == errno
+
+
+@given(st.integers(0, 300), st.integers(1, 300), st.integers(0, 300))
+async def test_what_is_mapped_is_dirty_bit_by_bit(before: int, count: int, after: int) -> None:
+    async with believing() as (session, _), open_container(locked_limit=None) as container:
+        await container.attach(session)
+        container.dirty.start()
+        iova = 0x10000 + before * PAGE
+        with PageMemory.allocate(count * PAGE) as memory:
+            await container.map(iova, memory)
+        found = pages(container, size=(before + count + after) * PAGE)
+        assert found == list(range(iova, iova + count * PAGE, PAGE))

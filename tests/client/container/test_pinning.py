@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from errno import EACCES, EBUSY, EINVAL, ENODEV, ENOENT, ENOMEM, EOVERFLOW, EPERM
+from contextlib import ExitStack, asynccontextmanager
+from errno import EACCES, EBUSY, EINVAL, EIO, ENODEV, ENOENT, ENOMEM, EOVERFLOW, EPERM
 
 import pytest
 import trio
@@ -12,6 +12,7 @@ from client.container import Container, ContainerError, Mode, PageMemory, PinUse
 from client.container.limits import UNPIN_ROUNDS
 from protocol.vfio import DmaMapFlags
 from tests.client.container.believer import believing, refused, some_of, with_bar
+from tests.client.peer import DMA_MAP
 
 READ, WRITE = DmaMapFlags.READ, DmaMapFlags.WRITE
 BOTH = READ | WRITE
@@ -100,6 +101,35 @@ async def test_nothing_is_pinned_while_mappings_are_changed() -> None:
             container.pin(0x13000, 1, READ, user=user)
 
 
+async def test_nothing_is_pinned_in_a_mapping_that_is_not_there_yet() -> None:
+    async with believing() as (session, server), pages_and_a_bar() as container:
+        await container.attach(session)
+        server.gate = trio.Event()
+        server.refuse[DMA_MAP] = EIO
+        with container.pin_user(nothing) as user, PageMemory.allocate(PAGE) as memory:
+
+            async def map_in_vain() -> None:
+                assert await refused(container.map(0x20000, memory)) == EIO
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(map_in_vain)
+                await trio.testing.wait_all_tasks_blocked()
+                assert refusal(container.pin, 0x20000, 1, READ, user=user) == EBUSY
+                assert len(container.entries) == 3
+                assert container.pin(0x10000, 1, READ, user=user)
+                server.gate.set()
+            assert refusal(container.pin, 0x20000, 1, READ, user=user) == EINVAL
+
+
+async def test_a_container_that_closes_forgets_pins() -> None:
+    with ExitStack() as stack:
+        async with pages_and_a_bar() as container:
+            user = stack.enter_context(container.pin_user(nothing))
+            container.pin(0x10000, 2, READ, user=user)
+        assert container.unpin(0x10000, 2, user=user) == 0
+        assert refusal(container.pin, 0x10000, 1, READ, user=user) == EINVAL
+
+
 async def test_a_pin_across_a_page_and_pfnmap_boundary_rolls_back() -> None:
     async with pages_and_a_bar() as container:
         with container.pin_user(nothing) as user:
@@ -130,6 +160,7 @@ async def test_double_pin_and_unpin_count() -> None:
             assert container.entries[0].pins == {0: 1}
             assert container.unpin(0x10000, 1, user=other) == 1
             assert container.locked_pages == 0
+            assert not user.pages, "nothing is kept of what was pinned once"
 
 
 async def test_unpinning_has_its_errors_too() -> None:

@@ -369,7 +369,7 @@ def quiet() -> Iterator[None]:
 
 
 @given(st.sampled_from(list(Mode)), STEPS)
-@settings(max_examples=3000 if THOROUGH else 300)
+@settings(max_examples=1500 if THOROUGH else 300)
 async def test_every_server_believes_what_the_model_says(mode: Mode, steps: list[Step]) -> None:
     async with AsyncExitStack() as stack:
         devices = [await stack.enter_async_context(believing()) for _ in range(2)]

@@ -20,6 +20,7 @@ from protocol.vfio import RegionIndex
 from tests.client.irqchip.card import ISR, MEMORY, REGISTERS, Card, Link
 
 COMMAND: Final = 4
+MEMORY_SPACE: Final = 1 << 1
 MOST_INTERRUPTS: Final = 16
 INTX_DISABLE: Final = 1 << 10
 INITIATE_RESET: Final = 1 << 15
@@ -185,16 +186,17 @@ class Driver:
     async def command(self, disable: bool) -> None:
         """Set or clear COMMAND.INTX_DISABLE."""
         async with self._lock:
-            await self._configure(COMMAND, INTX_DISABLE if disable else 0)
+            await self._configure(COMMAND, MEMORY_SPACE | (INTX_DISABLE if disable else 0))
 
     async def reset(self, *, flr: bool) -> None:
-        """DEVICE_RESET, or a function level reset by configuration space."""
+        """DEVICE_RESET, or a function level reset by configuration space; memory is decoded again then."""
         async with self._lock:
             if flr:
                 await self._configure(self.card.device_control, INITIATE_RESET)
             elif self.link is not None:
                 with suppress(client.Disconnected):
                     await self.link.session.reset()
+            await self._configure(COMMAND, MEMORY_SPACE)
 
     async def _configure(self, offset: int, value: int) -> None:
         if self.link is not None:

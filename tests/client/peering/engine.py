@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from enum import IntEnum
 from errno import EIO
 from pathlib import Path
@@ -72,7 +71,8 @@ class Engine:
             capabilities=[PowerManagement(), PciExpress()],
         )
         self.address = self.error = self.worked = 0
-        self.job = 0, 0
+        self._job = 0, 0
+        self._working = threading.Event()
         self.pins: list[Pin] = []
 
     def read(self, offset: int, count: int) -> int:
@@ -109,7 +109,8 @@ class Engine:
             case Reg.UNPIN:
                 self.unpin()
             case Reg.WORK:
-                self.job = self.address, value
+                self._job = self.address, value
+                (self._working.set if value else self._working.clear)()
 
     def load(self, iova: int, count: int) -> bytes | None:
         """Bytes by DMA; None, and `error`, if that is refused."""
@@ -150,10 +151,8 @@ class Engine:
     def work(self) -> None:
         """The thread, which lets the gate go while it writes."""
         while True:
-            iova, size = self.job
-            if not size:
-                time.sleep(0.001)
-                continue
+            self._working.wait()
+            iova, size = self._job
             try:
                 with self.function.gate:
                     pin = self.function.dma.pin(iova, size, PROT_DMA_READ | PROT_DMA_WRITE, "worker")

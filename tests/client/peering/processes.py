@@ -7,8 +7,8 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -127,3 +127,22 @@ async def until(satisfied: Callable[[], bool]) -> None:
     with trio.fail_after(PATIENCE_S):
         while not satisfied():
             await trio.lowlevel.checkpoint()
+
+
+@contextmanager
+def nothing_left_open() -> Iterator[None]:
+    """In this process."""
+    files, lent = open_files(), lent_areas()
+    yield
+    assert open_files() == files
+    assert lent_areas() == lent
+
+
+@asynccontextmanager
+async def leaving_nothing(*cards: Served) -> AsyncIterator[None]:
+    """In any process, once the sessions are over."""
+    before = [card.open_files() for card in cards]
+    with nothing_left_open():
+        yield
+    for card, files in zip(cards, before, strict=True):
+        await until(lambda card=card, files=files: card.open_files() == files)  # type: ignore[misc]

@@ -26,9 +26,15 @@ from client.virtio import NetDriver, open_net
 from client.virtio.net import MEMORY_GONE
 from device.revocation import Revocation
 from protocol.vfio import RegionIndex
-from tests.client.peering.processes import PATIENCE_S, Served, serving_card, until
+from tests.client.peering.processes import (
+    PATIENCE_S,
+    Served,
+    leaving_nothing,
+    nothing_left_open,
+    serving_card,
+    until,
+)
 from tests.client.peering.switching import Switch, Way
-from tests.client.peering.test_decoding_stress import leaving_nothing, nothing_left_open
 
 SIZE = 2 << 20
 NUMBERS = count(1)
