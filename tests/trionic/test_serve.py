@@ -1,4 +1,5 @@
 import ctypes
+import errno
 import json
 import os
 import shlex
@@ -153,6 +154,21 @@ async def test_our_driver_drives_each_profile_by_any_vectors(path: Path, name: s
                 frame = bytes.fromhex("ffffffffffff 020000000002 0800") + bytes([number]) + bytes(50)
                 await nic.send(frame)
                 assert await nic.receive() == frame
+
+
+async def test_a_hidden_block_is_no_part_of_what_a_client_sees(path: Path) -> None:
+    with serving("--socket", path, "--profile", "c5000x:lm=hidden"):
+        async with client.connect(path) as session, open_net(session) as nic:
+            region = session.regions[4]
+            assert (region.size, region.fd, region.areas) == (0, -1, ())
+            with pytest.raises(client.ServerError) as refusal:
+                await session.region_read(4, 0, 4)
+            assert refusal.value.errno == errno.EINVAL
+            with pytest.raises(client.ServerError):
+                await session.region_write(4, 0x20, bytes(4))
+            assert await session.region_read(7, 0x20, 4) == bytes(4)
+            await nic.send(bytes(60))
+            assert await nic.receive() == bytes(60)
 
 
 async def test_a_wrong_profile_is_refused_in_a_line(path: Path) -> None:
