@@ -1,16 +1,13 @@
 """The live-migration block of an IFC VF, at the start of its BAR 4: ring state, and the log of written pages.
 
-         31                             16 15                              0
-        +---------------------------------+---------------------------------+
-     00 | CONTROL: 0 logs nothing, 1 and 3 log (the VF and the PF turned it on) |
-     08 | STATUS, 64 bits: 0 logging, 1 log not reached, 2 log too small       |
-     10 | BASE, 64 bits: where the log begins                                   |
-     18 | END, 64 bits: the first byte behind it                                |
-     20 | ring state, and PAIRS at 28: see below                                |
-        +---------------------------------+---------------------------------+
+     00  CONTROL, 32 bits: 0 logs nothing, 1 (turned on for the VF) and 3 (for the PF) log
+     08  STATUS, 64 bits: bit 0 logging, bit 1 log not reached, bit 2 log too small
+     10  BASE, 64 bits: where the log begins
+     18  END, 64 bits: the first byte behind it
+     20  ring state, and at 28 PAIRS, 32 bits: see below
 
 Ring state is a dword a queue, the index of the next chain to take in its low half (last_avail) and that of
-the next used entry in its high half. Three generations of drivers look for it in two places:
+the next used entry in its high half. Drivers look for it in two places:
 
     2019's, DPDK's of network cards, and Linux before 6.5   0x20 + (queue / 2) * 0x40 + (queue % 2) * 4
     Linux since 6.5                                         0x20 + queue * 4, by 16 bits, last_avail only
