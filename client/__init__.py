@@ -3,6 +3,7 @@
 from client.bars import Bar as Bar
 from client.connecting import connect as connect
 from client.connecting import over_socket as over_socket
+from client.device_file import DeviceFile as DeviceFile
 from client.dirty import DirtyBitmap as DirtyBitmap
 from client.dirty import DirtyLog as DirtyLog
 from client.dma import DmaBuffer as DmaBuffer

@@ -44,7 +44,8 @@ class Pages:
         """Map a file there, in place; nothing of this range is lost then. The descriptor may be closed.
 
         The same range may be mapped any number of times, and no other that overlaps with it. Raises OSError:
-        EINVAL for what are not whole pages of that file, ENOSPC for too many ranges, or what mmap says.
+        EINVAL for what are not whole pages of that file, ENOSPC for too many ranges, or what mmap says: all
+        of the range is lost then.
         """
     def zap(self, at: int, length: int) -> None:
         """Put private pages there that read as ones, in place. What is written to them stays there, until

@@ -41,6 +41,7 @@ cdef extern from "_sigbus.h" nogil:
     int bar_watch(uintptr_t start, size_t length, size_t page, int ones, size_t chunk)
     void bar_unwatch(int slot)
     void bar_found(int slot)
+    void bar_not_found(int slot)
     uintptr_t bar_lost(int slot)
     size_t bar_page_of(int fd)
 
@@ -182,11 +183,13 @@ cdef class Pages:
         cdef size_t page = bar_page_of(fd)
         self._check(at, length, page)
         cdef Range *found = self._range(at, length, page)
-        cdef int protection = PROT_READ | (PROT_WRITE if writable else 0)
+        cdef int failure, protection = PROT_READ | (PROT_WRITE if writable else 0)
         bar_found(found.slot)
         if mmap(self._start + found.at, found.length, protection, MAP_FIXED | MAP_SHARED | MAP_NORESERVE, fd,
                 <off_t>fd_offset) == MAP_FAILED:
-            raise OSError(c_errno, os.strerror(c_errno))
+            failure = c_errno
+            bar_not_found(found.slot)
+            raise OSError(failure, os.strerror(failure))
 
     cdef Range *_range(self, size_t at, size_t length, size_t page) except NULL:
         """What is known of a range that is mapped now or was before; a new one overlaps with none."""

@@ -77,16 +77,22 @@ static int bar_zap(uintptr_t start, uintptr_t end, int ones, size_t chunk)
     return bar_ones(start, end, ones, chunk) == 0 ? 0 : bar_zeros(start, end);
 }
 
+static void bar_tell_lost(struct bar_slot *slot, uintptr_t from)
+{
+    uintptr_t known = __atomic_load_n(&slot->lost, __ATOMIC_RELAXED);
+    while (from < known && !__atomic_compare_exchange_n(&slot->lost, &known, from, 0, __ATOMIC_RELEASE, __ATOMIC_RELAXED))
+        ;
+}
+
 static int bar_lose(struct bar_slot *slot, uintptr_t at)
 {
-    uintptr_t from = at & ~(slot->page - 1), known = __atomic_load_n(&slot->lost, __ATOMIC_RELAXED);
+    uintptr_t from = at & ~(slot->page - 1);
     if (bar_ones(from, slot->end, slot->ones, slot->chunk) != 0) {
         from = slot->start;
         if (bar_zeros(from, slot->end) != 0)
             return -1;
     }
-    while (from < known && !__atomic_compare_exchange_n(&slot->lost, &known, from, 0, __ATOMIC_RELEASE, __ATOMIC_RELAXED))
-        ;
+    bar_tell_lost(slot, from);
     return 0;
 }
 
@@ -162,6 +168,14 @@ static void bar_unwatch(int slot)
 static void bar_found(int slot)
 {
     __atomic_store_n(&bar_slots[slot].lost, BAR_NOTHING_LOST, __ATOMIC_SEQ_CST);
+}
+
+/* What could not be mapped anew, for which the kernel may have unmapped what was there: address space stays reserved. */
+static void bar_not_found(int slot)
+{
+    struct bar_slot *s = &bar_slots[slot];
+    bar_zap(s->start, s->end, s->ones, s->chunk);
+    bar_tell_lost(s, s->start);
 }
 
 static uintptr_t bar_lost(int slot)

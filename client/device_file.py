@@ -15,7 +15,7 @@ from client.session import Session
 from protocol.region_offsets import decode
 from protocol.vfio import RegionIndex
 
-MAPPABLE: Final = RegionIndex.ROM
+NOT_MAPPABLE: Final = RegionIndex.ROM
 """The first region that no one may map (drivers/vfio/pci/vfio_pci_core.c, vfio_pci_core_mmap)."""
 
 
@@ -56,7 +56,7 @@ class DeviceFile:
             region, offset = self._place(position)
         except PositionError as error:
             raise MappingError(error.errno, str(error)) from None
-        if region.index >= MAPPABLE or position % PAGE:
+        if region.index >= NOT_MAPPABLE or position % PAGE:
             raise MappingError(errno.EINVAL, f"nothing can be mapped at {position:#x}")
         return BarMapping(region, self.session.decoding, offset=offset, length=length)
 

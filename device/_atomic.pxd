@@ -12,6 +12,8 @@ cdef extern from *:
     #define trionic_add(p, v)            __atomic_add_fetch((p), (v), __ATOMIC_SEQ_CST)
     #define trionic_or(p, v)             ((void) __atomic_fetch_or((p), (v), __ATOMIC_SEQ_CST))
     #define trionic_fence()              __atomic_thread_fence(__ATOMIC_SEQ_CST)
+    #define trionic_fence_loads()        __atomic_thread_fence(__ATOMIC_ACQUIRE)
+    #define trionic_load_after(p)        (trionic_fence_loads(), __atomic_load_n((p), __ATOMIC_RELAXED))
     #if defined(__x86_64__) || defined(__i386__)
     #define trionic_relax()              __builtin_ia32_pause()
     #else
@@ -27,6 +29,7 @@ cdef extern from *:
     void store64_relaxed "trionic_store_relaxed"(uint64_t *p, uint64_t v) noexcept nogil
     void store32_relaxed "trionic_store_relaxed"(uint32_t *p, uint32_t v) noexcept nogil
     int32_t load_int "trionic_load_acquire"(const int32_t *p) noexcept nogil
+    int32_t load_int_after "trionic_load_after"(const int32_t *p) noexcept nogil    # after all before
     void store_int "trionic_store_release"(int32_t *p, int32_t v) noexcept nogil
     int32_t add_int "trionic_add"(int32_t *p, int32_t v) noexcept nogil
     void or8 "trionic_or"(uint8_t *p, uint8_t v) noexcept nogil

@@ -403,22 +403,31 @@ class PciFunction:
 
         DEVICE and LOST_CLIENT let a stopped function run again and end a migration. FLR does not: it is the
         driver's, who must not know of either.
+
+        OSError from LOST_CLIENT: what is to be new cannot be made for now, so the old client may still share
+        memory or eventfds with the card. All else is done, and the reset is to be tried again before anybody
+        else gets the card.
         """
         with self.gate:
             log.info("%s: reset, %s", self.name, kind.value)
-            self.on_reset(kind)
-            self.dma.disturb()
-            lost = kind is ResetKind.LOST_CLIENT
-            if lost:
-                self.interrupts.unwire_all()
-                self.dma.unmap_all()
-                self.dma.log_stop()
-            self.interrupts.reset()
-            for bar in self._memory:  # before the registers, which say whether mappings come back
-                if lost:
-                    bar.renew()
-                else:
-                    bar.clear()
+            try:
+                self.on_reset(kind)
+            finally:
+                self._reset(kind)
+
+    def _reset(self, kind: ResetKind) -> None:
+        self.dma.disturb()
+        lost = kind is ResetKind.LOST_CLIENT
+        if lost:
+            self.interrupts.unwire_all()
+            self.dma.unmap_all()
+            self.dma.log_stop()
+        self.interrupts.reset()
+        try:
+            with ExitStack() as each:  # before the registers, which say whether mappings come back
+                for bar in self._memory:
+                    each.callback(bar.renew if lost else bar.clear)
+        finally:
             self.replace_registers(self.config.reset)
             if kind is not ResetKind.FLR:
                 if self.migration is not None:

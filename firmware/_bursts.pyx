@@ -7,11 +7,12 @@ DISTURBED ends at once: chains that are not done with go back to their queue if 
 that was not delivered waits, one that was sent is completed by the next burst.
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from posix.unistd cimport write
 
+from device._atomic cimport load_int, load_int_after
 from device._gate cimport Gate
 from device.dma._windows cimport DMA_READ, FAULT_NONE, DmaWindows
 from device.interrupts._lines cimport Lines
@@ -194,6 +195,7 @@ cdef class Bursts:
         cdef uint8_t header[HEADER]
         cdef uint64_t length, skipped
         cdef int i, count
+        cdef int32_t losses = load_int(self.dma.losses)
         cdef ssize_t wrote
         if (c.readable_bytes < HEADER + ETHERNET or c.readable_bytes > HEADER + FRAME_LIMIT
                 or not self.link_up or self.cable.lost):
@@ -217,6 +219,8 @@ cdef class Bursts:
                 skipped += wrote
                 if self._pieces[i].iov_len == 0:
                     i += 1
+            if load_int_after(self.dma.losses) != losses:
+                return self._send_copy()        # which refuses what was truncated
             if header[1] != 0:
                 return -1               # segmentation was not offered to this driver
             if header[0] & NEEDS_CSUM:

@@ -304,14 +304,16 @@ class Nic:
     # --- life
 
     def _reset(self, kind: ResetKind) -> None:
-        if kind is ResetKind.LOST_CLIENT:
+        lost = kind is ResetKind.LOST_CLIENT
+        if lost:
             self._permanent_mac = self._own_mac
-            self._renew_doorbells()
         self.card.reset(kind)
+        if lost:
+            self._renew_doorbells()
 
     def _renew_doorbells(self) -> None:
         """New eventfds in the places of the old ones, which a client that left may go on ringing, or read
-        before the card does.
+        before the card does. OSError without a descriptor for it.
         """
         for doorbell in self.datapath.doorbell_fds:
             fresh = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import trio
 
-from device.function import PciFunction
+from device.function import PciFunction, ResetKind
 from protocol.limits import SessionLimits
 from server.listener import Listener
 from server.releasing import Release
@@ -19,6 +20,9 @@ from server.session import Session
 __all__ = ["serve"]
 
 log = logging.getLogger("trionic.server")
+
+# Until a reset that failed is tried again: what it lacked, descriptors or memory, others give back.
+_RESET_PAUSE_S: Final = 0.1
 
 
 class Stay(Protocol):
@@ -83,3 +87,19 @@ async def _serve_card(
         except Exception:
             # A mistake in one card's code ends one client's stay, not the other cards.
             log.exception("%s: session failed", function.name)
+            await release.unless_asked(partial(_forget_client, function))
+
+
+async def _forget_client(function: PciFunction) -> None:
+    """Reset the card after a stay that failed, perhaps in just that: until then nobody else gets it."""
+    told = False
+    while True:
+        try:
+            function.reset(ResetKind.LOST_CLIENT)
+        except Exception as error:
+            if not told:
+                log.error("%s: serves nobody until it can be reset: %s", function.name, error)
+            told = True
+            await trio.sleep(_RESET_PAUSE_S)
+        else:
+            return

@@ -16,7 +16,7 @@ check_rooms()
 if TYPE_CHECKING:
     from client import BarMapping, DeviceError, connect, dma_memory, err, intx, msi, msix, req
     from client.bar_memory import bar_memory
-    from client.container import BarRange, Container, PageMemory, open_container
+    from client.container import BarRange, Container, ContainerError, Mode, PageMemory, open_container
     from client.dmabuf import exported_bar
     from client.irqchip import InterruptController, IntxMode, IntxRoute, open_intx
     from client.irqchip.processor import open_processor
@@ -41,10 +41,12 @@ __all__ = [
     "Command",
     "ConfigError",
     "Container",
+    "ContainerError",
     "DeviceError",
     "InterruptController",
     "IntxMode",
     "IntxRoute",
+    "Mode",
     "NetDriver",
     "Nic",
     "PageMemory",
@@ -87,10 +89,12 @@ _HOMES = {
     "Command": "client.pci",
     "ConfigError": "trionic.errors",
     "Container": "client.container",
+    "ContainerError": "client.container",
     "DeviceError": "client",
     "InterruptController": "client.irqchip",
     "IntxMode": "client.irqchip",
     "IntxRoute": "client.irqchip",
+    "Mode": "client.container",
     "NetDriver": "client.virtio",
     "Nic": "firmware",
     "PageMemory": "client.container",

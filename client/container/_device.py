@@ -51,6 +51,8 @@ class _Holding:
     sure: bool = True
     """Whether the server has answered for every window."""
     vanishes: bool = False
+    stale: bool = False
+    """Whether what the server did not give back of it is no mapping's any more."""
 
 
 class Device:
@@ -90,6 +92,8 @@ class Device:
             most = self.session.connection.peer.max_dma_maps
             if len(self.session.windows) + len(reach.ranges) > most:
                 raise ContainerError(ENOSPC, f"the server takes {most} DMA windows at a time")
+            if iova in self._held and self._held[iova].stale:
+                await self.let_go(iova)
             holding = self._holding(iova, size)
             holding.vanishes = reach.vanishes
             at = 0
@@ -157,6 +161,11 @@ class Device:
         holding.sure = True
         holding.windows.pop()
         raise error
+
+    def disown(self, iova: int) -> None:
+        """What the server has kept there is not what is wanted there next."""
+        if iova in self._held:
+            self._held[iova].stale = True
 
     async def let_go(self, iova: int) -> None:
         """Unmap it if the server has it. Raises ContainerError if the server keeps it; its address stays

@@ -63,6 +63,8 @@ class Placing:
         """No device may keep what nobody asks for again, or what is about to vanish."""
         with self._jobs.shielded():
             await self.displace(entry, must=entry.source.memory is None)
+            for device in self.devices.values():
+                device.disown(entry.iova)
 
     async def displace(self, entry: Entry, *, must: bool = False) -> ContainerError | None:
         """Take it back from every device; from all but those that refuse, whose refusal is returned, unless

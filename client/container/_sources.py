@@ -68,6 +68,9 @@ class Source(Protocol):
     def open(self, listener: ExportListener) -> None:
         """Begin to use it, and hear if its export is revoked; raises ContainerError."""
 
+    def check(self, flags: DmaMapFlags) -> None:
+        """Raises ContainerError(EFAULT) for permissions that it can never be reached with."""
+
     def reach(self, flags: DmaMapFlags) -> Reach:
         """Make it available, and say where it is; raises ContainerError."""
 
@@ -92,9 +95,12 @@ class _Pages:
     def open(self, listener: ExportListener) -> None:
         self.memory = self._given.hold()
 
-    def reach(self, flags: DmaMapFlags) -> Reach:
+    def check(self, flags: DmaMapFlags) -> None:
         if _WRITE in flags and not self.memory.writable:
             raise ContainerError(EFAULT, "the memory cannot be written to")
+
+    def reach(self, flags: DmaMapFlags) -> Reach:
+        self.check(flags)
         return Reach(self.memory.fd, (PhysVec(self.offset, self.size),), self.memory.view)
 
     def current(self, reach: Reach) -> bool:
@@ -127,10 +133,13 @@ class _Mapped:
         if not self._pinnable:
             raise ContainerError(EFAULT, "a BAR's mapping has no pages")
 
-    def reach(self, flags: DmaMapFlags) -> Reach:
-        mapping, offset, length = self._mapping, self._bar.offset, self._bar.length
-        if _WRITE in flags and not mapping.writable:
+    def check(self, flags: DmaMapFlags) -> None:
+        if _WRITE in flags and not self._mapping.writable:
             raise ContainerError(EFAULT, "the BAR cannot be written to")
+
+    def reach(self, flags: DmaMapFlags) -> Reach:
+        self.check(flags)
+        mapping, offset, length = self._mapping, self._bar.offset, self._bar.length
         for _ in range(FAULT_TRIES):
             generation = mapping.generation
             try:
@@ -178,6 +187,9 @@ class _Exported:
             self._attachment = self._export.attach(listener)
         except DmaBufError as error:
             raise ContainerError(error.errno, str(error)) from None
+
+    def check(self, flags: DmaMapFlags) -> None:
+        pass
 
     def reach(self, flags: DmaMapFlags) -> Reach:
         assert self._attachment is not None

@@ -286,6 +286,7 @@ class Container:
     async def _change_flags(self, entry: Entry, flags: DmaMapFlags) -> None:
         if entry.flags == flags:
             return
+        entry.source.check(flags)  # what is away now would not come back
         old, there = entry.flags, entry.present
         if there and (refusal := await self._placing.displace(entry)) is not None:
             await self._placing.bring_back(entry)

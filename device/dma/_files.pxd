@@ -1,4 +1,4 @@
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint64_t
 
 
 cdef struct Backing:
@@ -21,8 +21,10 @@ cdef class Mapping:
 
 cdef class SharedFiles:
     cdef Backing *backings
+    cdef const int32_t *losses      # grows before what was truncated is replaced, anywhere in the process
     cdef size_t _count
     cdef dict _kept         # index of a backing to the Mapping that owns its memory
+    cdef set _guards        # of memory that somebody else mapped
 
     cdef int acquire(self, int fd, uint64_t offset, uint64_t size, bint writable) except -2
     cdef void release(self, int index) noexcept

@@ -12,7 +12,7 @@ import os
 
 cimport cython
 from libc.errno cimport errno as c_errno
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 from posix.fcntl cimport F_GETFL, fcntl
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
@@ -32,6 +32,7 @@ cdef extern from "_sigbus.h" nogil:
     void trionic_guard_remove(int slot)
     const int *trionic_guard_lost(int slot)
     size_t trionic_guard_page(int slot)
+    const int32_t *trionic_losses_so_far()
 
 cdef extern from "_filesystems.h" nogil:
     bint trionic_is_local(int fd)
@@ -65,6 +66,8 @@ cdef class SharedFiles:
 
     def __cinit__(self):
         self._kept = {}
+        self._guards = set()
+        self.losses = trionic_losses_so_far()
         self.backings = <Backing *> calloc(MAX_BACKINGS, sizeof(Backing))
         if self.backings == NULL:
             raise MemoryError
@@ -76,6 +79,8 @@ cdef class SharedFiles:
                 self.backings[i].references = 1
                 self.release(<int> i)
         free(self.backings)
+        for guard in self._guards:      # it would answer for whatever is mapped there next
+            trionic_guard_remove(guard)
 
     cdef int acquire(self, int fd, uint64_t offset, uint64_t size, bint writable) except -2:
         """The index of a backing that holds these bytes of the file; DeviceError as DmaWindows.map says."""
@@ -114,8 +119,8 @@ cdef class SharedFiles:
             if b.references == 0:
                 slot = b if slot == NULL else slot
             elif whole and b.device == info.st_dev and b.inode == info.st_ino and b.access == access:
-                if b.length < length:
-                    self._remap(<int> i, fd, length)
+                if b.length < length or b.lost[0]:
+                    self._remap(<int> i, fd, max(b.length, length))
                 b.references += 1
                 return <int> i
         if slot == NULL:
@@ -164,7 +169,9 @@ cdef class SharedFiles:
             errno.EINVAL, "the window's file is neither memory nor on a disk of this machine")
 
     cdef int _remap(self, int index, int fd, uint64_t length) except -1:
-        """The file has grown: map it whole again; windows refer to it by index, so they follow."""
+        """The file has grown, or was truncated and has pages again: map it anew, no shorter than before.
+        Windows refer to it by index, so they follow.
+        """
         cdef Backing *b = &self.backings[index]
         cdef void *start = self._mmap(fd, 0, length, b.access)
         cdef int guard = trionic_guard_add(start, length, trionic_page_of(fd))
@@ -206,9 +213,11 @@ cdef class SharedFiles:
         cdef int guard = trionic_guard_add(start, length, page)
         if guard < 0:
             raise DeviceError(errno.ENOSPC, NO_GUARD)
+        self._guards.add(guard)
         return guard
 
     cdef void unguard(self, int guard) noexcept:
+        self._guards.discard(guard)
         trionic_guard_remove(guard)
 
     cdef const int *lost_flag(self, int guard) noexcept nogil:

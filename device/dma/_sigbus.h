@@ -1,8 +1,8 @@
 /* A peer that truncates memory it shares with us must hurt itself only.
  *
  * Touching a shared mapping beyond the end of its file raises SIGBUS. The handler here finds the mapping among those that were
- * registered, puts private zero pages from the faulting address to the mapping's end, and marks the mapping as lost; the access
- * then completes. All that is beyond one page without a file has none either, and to replace it at once costs one mapping: page by
+ * registered, marks it as lost, and puts private zero pages from the faulting address to the mapping's end; the access then
+ * completes. Whoever has read such zeros finds that the number of losses has grown. All that is beyond one page without a file has none either, and to replace it at once costs one mapping: page by
  * page, a peer could use up the process's mappings (vm.max_map_count), and the next fault would end it.
  * A fault anywhere else goes to whoever handled SIGBUS before.
  */
@@ -22,6 +22,7 @@ struct trionic_guard { uintptr_t start, end, page; int lost; };
 static struct trionic_guard trionic_guards[TRIONIC_GUARD_SLOTS];
 static struct sigaction trionic_previous_sigbus;
 static int trionic_sigbus_installed;
+static int32_t trionic_losses;
 
 static void trionic_on_sigbus(int signo, siginfo_t *info, void *context)
 {
@@ -33,10 +34,11 @@ static void trionic_on_sigbus(int signo, siginfo_t *info, void *context)
             continue;
         uintptr_t page = at & ~(g->page - 1);
         size_t rest = (g->end - page + g->page - 1) & ~(g->page - 1);
+        __atomic_store_n(&g->lost, 1, __ATOMIC_RELAXED);
+        __atomic_add_fetch(&trionic_losses, 1, __ATOMIC_SEQ_CST);
         if (mmap((void *)page, rest, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
             == MAP_FAILED)
             break;
-        g->lost = 1;
         return;
     }
     if (trionic_previous_sigbus.sa_flags & SA_SIGINFO) {
@@ -84,6 +86,12 @@ static void trionic_guard_remove(int slot)
 static const int *trionic_guard_lost(int slot)
 {
     return &trionic_guards[slot].lost;
+}
+
+/* How often a mapping has lost pages, so far and in all. */
+static const int32_t *trionic_losses_so_far(void)
+{
+    return &trionic_losses;
 }
 
 /* The bytes of a page of the mapping. */

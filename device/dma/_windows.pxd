@@ -1,4 +1,4 @@
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 from device._gate cimport Gate
 from device.dma._dirty cimport Marking
@@ -32,6 +32,7 @@ cdef class DmaWindows(Marking):
     cdef Window *_hit                       # the last one that was found, or NULL
     cdef SharedFiles _files
     cdef Backing *_backings                 # those of `_files`
+    cdef const int32_t *losses              # SharedFiles.losses: who looks before and after sees what he read
     cdef readonly uint64_t generation       # grows with every change of the table
     cdef readonly uint64_t epoch            # grows with whatever makes an answer of the client come too late
     cdef readonly size_t limit
@@ -48,6 +49,7 @@ cdef class DmaWindows(Marking):
                   uint8_t **where, uint64_t *run) noexcept nogil
     cdef uint8_t *contiguous(self, uint64_t iova, uint64_t length, uint32_t prot) noexcept nogil
     cdef int reach(self, uint64_t iova, uint64_t length, uint32_t prot) noexcept nogil
+    cdef int unless_lost(self, int32_t before, uint64_t iova, uint64_t length, uint32_t prot) noexcept nogil
     cdef int copy_in(self, void *target, uint64_t iova, uint64_t length) noexcept nogil
     cdef int copy_out(self, uint64_t iova, const void *source, uint64_t length) noexcept nogil
     cdef int _by_message(self, uint64_t iova, uint64_t *run, uint8_t *target,

@@ -19,9 +19,10 @@ import logging
 from functools import partial
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
+from device._atomic cimport load_int, load_int_after
 from device._gate cimport Gate
 from device.dma._dirty cimport DirtyLog, Marking
 from device.dma._files cimport Backing, SharedFiles
@@ -75,6 +76,7 @@ cdef class DmaWindows(Marking):
         self._remote_limit = DEFAULT_REMOTE_LIMIT
         self._files = SharedFiles()
         self._backings = self._files.backings
+        self.losses = self._files.losses
         self._table = WindowTable()
         self.pins = Pins(self._table, self._files)
 
@@ -161,6 +163,7 @@ cdef class DmaWindows(Marking):
         return 0
 
     cdef int _insert(self, Window window) except -1:
+        self.generation += 1            # first: the file may have been mapped anew for it
         try:
             self._table.insert(window)
         except MemoryError:
@@ -168,7 +171,6 @@ cdef class DmaWindows(Marking):
             raise
         self._hit = NULL
         self._without_backing += window.backing == NO_BACKING
-        self.generation += 1
         if self.on_map is not None:
             self.on_map()
         return 0
@@ -394,10 +396,15 @@ cdef class DmaWindows(Marking):
             done += run
         return FAULT_NONE
 
+    cdef int unless_lost(self, int32_t before, uint64_t iova, uint64_t length, uint32_t prot) noexcept nogil:
+        """A FAULT if these bytes were accessed since there were so many `losses`, and are lost now."""
+        return FAULT_NONE if load_int_after(self.losses) == before else self.reach(iova, length, prot)
+
     cdef int copy_in(self, void *target, uint64_t iova, uint64_t length) noexcept nogil:
         cdef uint8_t *part
         cdef uint64_t run, done = 0
         cdef int fault
+        cdef int32_t losses = load_int(self.losses)
         while done < length:
             if iova + done < iova:
                 return FAULT_UNMAPPED
@@ -410,11 +417,12 @@ cdef class DmaWindows(Marking):
                 if fault != FAULT_NONE:
                     return fault
             done += run
-        return FAULT_NONE
+        return self.unless_lost(losses, iova, length, DMA_READ)
 
     cdef int copy_out(self, uint64_t iova, const void *source, uint64_t length) noexcept nogil:
         cdef uint8_t *part
         cdef uint64_t run, done = 0
+        cdef int32_t losses = load_int(self.losses)
         cdef int fault = self.reach(iova, length, DMA_WRITE)
         if fault != FAULT_NONE:
             return fault
@@ -430,7 +438,7 @@ cdef class DmaWindows(Marking):
                 if fault != FAULT_NONE:
                     return fault
             done += run
-        return FAULT_NONE
+        return self.unless_lost(losses, iova, length, DMA_WRITE)
 
     cdef int _by_message(self, uint64_t iova, uint64_t *run, uint8_t *target,
                          const uint8_t *source) noexcept nogil:

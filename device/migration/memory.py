@@ -4,11 +4,13 @@ A page that was never written is not sent: memory is zero at power-on, at both e
 remembered as a digest a page, 16 bytes for 4096.
 """
 
+import errno
 import mmap
 import struct
 from collections.abc import Iterator
 from hashlib import blake2b
 
+from device.errors import DeviceError
 from device.migration.stream import refuse
 from device.pci.memory_bar import MemoryBar
 
@@ -82,6 +84,11 @@ class MemoryTarget:
             raise refuse(f"{len(data)} bytes at {offset:#x} of BAR {self._bar.index}")
         self._staged[offset : offset + len(data)] = data
         self._pages.update(range(offset, offset + len(data), PAGE))
+
+    def check(self) -> None:
+        """DeviceError(EIO) if the memory cannot become what came: a page of it is poisoned."""
+        if self._bar.poisoned:
+            raise DeviceError(errno.EIO, f"memory of BAR {self._bar.index} is lost")
 
     def apply(self) -> None:
         """Make the memory what came, and zero where nothing did; see `MemoryBar.clear` for mappings."""

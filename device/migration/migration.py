@@ -78,9 +78,9 @@ class Migration:
         """Go to `new` by the shortest way; all of it is done when this returns.
 
         DeviceError(EINVAL) when no way leads there, and nothing has changed; or when the data that came are
-        not a whole state of such a card, and the function is as it was but in ERROR, where it stays until it
-        is reset. PinnedError, and nothing has changed, when the card is to stop while somebody holds memory
-        of the client's.
+        not a whole state of such a card, or EIO when its memory is poisoned, and the function is as it was
+        but in ERROR, where it stays until it is reset. PinnedError, and nothing has changed, when the card is
+        to stop while somebody holds memory of the client's.
         """
         with self._function.gate:
             if self.would_stop(new):

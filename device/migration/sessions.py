@@ -143,13 +143,15 @@ class Incoming:
                 raise refuse(f"part {tag!r}: {error}") from error
 
     def apply(self) -> None:
-        """Make the card what came."""
+        """Make the card what came; DeviceError, and nothing has changed."""
         if self._refused:
             raise DeviceError(errno.EINVAL, self._refused)
         if not self._reader.complete:
             raise refuse("it does not go on to its end")
         if missing := self._parts.keys() - self._staged.keys():
             raise refuse(f"without parts {sorted(missing)}")
+        for target in self._memory.values():
+            target.check()
         for target in self._memory.values():
             target.apply()
         for tag in self._parts:

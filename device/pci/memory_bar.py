@@ -137,6 +137,11 @@ class MemoryBar:
         finally:
             self._memory.forget(page, page + PAGE)
 
+    @property
+    def poisoned(self) -> bool:
+        """Whether a page of it is lost, until `repair`."""
+        return bool(self._poisoned)
+
     def repair(self) -> None:
         """Pages that were poisoned are zero, and answer again; DeviceError(EIO) as `decode`."""
         self._poisoned.clear()
@@ -154,7 +159,8 @@ class MemoryBar:
     def renew(self) -> None:
         """New memory, all zero, and as `clear` leaves it.
 
-        Mappings of the old one, such as those of a client that left, no longer reach the card.
+        Mappings of the old one, such as those of a client that left, no longer reach the card. OSError, and
+        the memory is the old one, if there is none for it.
         """
         old, self._memory = self._memory, self._create()
         old.close()

@@ -1,4 +1,4 @@
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from posix.uio cimport iovec
 
 from device.dma._windows cimport DmaWindows
@@ -52,6 +52,7 @@ cdef class Rings:
     cdef uint16_t next_avail
     cdef int _fault
     cdef uint64_t _generation
+    cdef int32_t _losses                    # DmaWindows.losses when the rings were found
     cdef uint8_t *_descriptors
     cdef uint16_t *_avail
     cdef uint16_t *_used

@@ -15,12 +15,20 @@ that still is the same is given back or completed later, and of any other it is 
 Callers hold the card's gate, and are one at a time for each queue.
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove
 from posix.uio cimport iovec
 
-from device._atomic cimport fence, load16_acquire, load16_relaxed, store16_relaxed, store16_release
+from device._atomic cimport (
+    fence,
+    load16_acquire,
+    load16_relaxed,
+    load_int,
+    load_int_after,
+    store16_relaxed,
+    store16_release,
+)
 from device.dma._windows cimport (
     DMA_READ,
     DMA_WRITE,
@@ -57,11 +65,14 @@ cdef class Rings:
     # --- rings
 
     cdef bint resolve(self) noexcept nogil:
-        """Find the rings in the DMA windows, again after each change of those; False while any is missing."""
+        """Find the rings in the DMA windows, again after each change of those, or when some were truncated;
+        False while any is missing.
+        """
         cdef uint64_t size = self.size
-        if self._generation == self.dma.generation and self._generation != 0:
+        cdef int32_t losses = load_int(self.dma.losses)
+        if self._generation == self.dma.generation and self._generation != 0 and self._losses == losses:
             return self._descriptors != NULL
-        self._generation = self.dma.generation
+        self._generation, self._losses = self.dma.generation, losses
         self._copied = False
         self._descriptors = self.dma.contiguous(self.descriptor_address, 16 * size, DMA_READ)
         self._avail = <uint16_t *> self.dma.contiguous(self.driver_address, 6 + 2 * size, DMA_READ)
@@ -110,10 +121,11 @@ cdef class Rings:
         """One of a ring's words, never half of it; a FAULT."""
         cdef uint8_t *where
         cdef uint64_t run
+        cdef int32_t losses = load_int(self.dma.losses)
         if self.dma.span(address, 2, DMA_READ, &where, &run) != FAULT_NONE:
             return self.dma.copy_in(value, address, 2)
         value[0] = load16_acquire(<uint16_t *> where)
-        return FAULT_NONE
+        return self.dma.unless_lost(losses, address, 2, DMA_READ)
 
     cdef int _store16(self, uint64_t address, uint16_t value) noexcept nogil:
         """Set one of a ring's words after all that was written before; a FAULT."""
@@ -160,9 +172,12 @@ cdef class Rings:
         return got
 
     cdef int pop_chain(self, Chain *chain) noexcept nogil:
-        """Take the next chain: 1 and `chain` filled, 0 when there is none, BROKEN, DISTURBED."""
-        cdef uint16_t avail, head
-        cdef int got
+        """Take the next chain: 1 and `chain` filled, 0 when there is none, BROKEN, DISTURBED.
+
+        DISTURBED also when some memory was truncated meanwhile: nothing is made of what was read then.
+        """
+        cdef uint16_t avail
+        cdef int got, fault = 0
         if not self.ready():
             return BROKEN if self._fault else 0
         if self.stopping:
@@ -170,15 +185,16 @@ cdef class Rings:
         got = self.available(&avail)
         if got < 0:
             return got
+        if <uint16_t> (avail - self.next_avail) > self.size:
+            fault = 1
+        elif avail != self.next_avail:
+            fault = self._walk(chain, load16_relaxed(&self._avail[2 + (self.next_avail & (self.size - 1))]))
+        if load_int_after(self.dma.losses) != self._losses:
+            return DISTURBED
+        if fault:
+            return self.failed(fault, fault)
         if avail == self.next_avail:
             return 0
-        if <uint16_t> (avail - self.next_avail) > self.size:
-            self._fault = 1
-            return BROKEN
-        head = load16_relaxed(&self._avail[2 + (self.next_avail & (self.size - 1))])
-        got = self._walk(chain, head)
-        if got:
-            return self.failed(got, got)
         self.next_avail += 1
         self._popped += 1
         return 1

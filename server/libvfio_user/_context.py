@@ -209,10 +209,10 @@ class Context:
                 raise raised
 
     def lost(self) -> None:
-        """The client is gone: reset the function, once."""
+        """The client is gone: reset the function, once. OSError as `PciFunction.reset`: try it again."""
         if not self._lost:
-            self._lost = True
             self._function.reset(ResetKind.LOST_CLIENT)
+            self._lost = True
 
     def close(self) -> None:
         """Give everything back. The function hears no more of the library; idempotent."""

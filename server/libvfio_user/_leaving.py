@@ -18,21 +18,26 @@ from protocol import Command
 from protocol.messages import DeviceFeature, DmaUnmap, FeatureMigState, Header
 from protocol.vfio import DmaUnmapFlags, Feature, FeatureFlags
 
-__all__ = ["check_pins"]
+__all__ = ["check_pins", "may_take"]
 
 _BODY: Final = Header.size
 _LAST: Final = (1 << 64) - 1
 
 
+def may_take(header: Header) -> bool:
+    """Whether such a message may take memory away."""
+    return header.command in _CHECKS
+
+
 def check_pins(function: PciFunction, header: Header, look: bytes) -> None:
-    """`PinnedError` while something is pinned that the message beginning with ``look`` takes away.
+    """`PinnedError` while something is pinned that the message beginning with ``look`` takes away, if it
+    `may_take` anything. Whoever leaves the gate before the library has the message must check again, for the
+    library unmaps windows whatever the function says.
 
     Messages that the library refuses anyhow are of no interest.
     """
-    check = _CHECKS.get(header.command)
-    if check is not None and len(function.dma.pins):
-        with function.gate:
-            check(function, look)
+    if len(function.dma.pins):
+        _CHECKS[header.command](function, look)
 
 
 def _unmap(function: PciFunction, look: bytes) -> None:

@@ -37,7 +37,7 @@ from server.libvfio_user._context import Context
 from server.libvfio_user._exports import answer, asks_for_export, terms_of
 from server.libvfio_user._handover import hand_over
 from server.libvfio_user._interrupts import Bridge
-from server.libvfio_user._leaving import check_pins
+from server.libvfio_user._leaving import check_pins, may_take
 from server.libvfio_user._remote import TwinMemory
 from server.libvfio_user._screen import LONGEST_LOOK, Screen, parse_header, refusal
 from server.libvfio_user._told import Told, log
@@ -172,8 +172,13 @@ class Session:
 
     async def _give(self, context: Context, header: Header, look: bytes) -> None:
         """Let the library handle the message, once nobody holds what it takes away."""
+        if not may_take(header):
+            self._run(context)
+            return
         try:
-            check_pins(self._function, header, look)
+            with self._function.gate:
+                check_pins(self._function, header, look)
+                self._run(context)
         except PinnedError as held:
 
             def tell(reason: str) -> None:
@@ -184,8 +189,6 @@ class Session:
                     self._run(context)
             except PinnedError:
                 self._refuse(header, EBUSY)
-        else:
-            self._run(context)
 
     def _run(self, context: Context) -> None:
         try:

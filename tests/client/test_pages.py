@@ -207,6 +207,23 @@ def test_what_mmap_refuses_is_told() -> None:
         pages.map(0, -1, 0, PAGE, writable=True)
 
 
+def test_what_was_lost_and_cannot_be_mapped_again_stays_lost() -> None:
+    with file_of(2 * PAGE) as fd, pages_of(2 * PAGE) as pages:
+        readable = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+        pages.map(0, fd, 0, 2 * PAGE, writable=True)
+        os.truncate(fd, PAGE)
+        assert (pages.load(0, 1), pages.load(PAGE, 1)) == (1, None)
+        os.truncate(fd, 2 * PAGE)
+        with pytest.raises(PermissionError):
+            pages.map(0, readable, 0, 2 * PAGE, writable=True)
+        os.close(readable)
+        assert (pages.load(0, 1), pages.load(PAGE, 1)) == (None, None)
+        assert not pages.store(PAGE, 1, 7), "it went nowhere"
+        assert bytes(memoryview(pages)) == b"\xff" * (2 * PAGE)
+        pages.map(0, fd, 0, 2 * PAGE, writable=True)
+        assert pages.load(0, 1) == 1
+
+
 def test_closing_waits_for_views() -> None:
     pages = Pages(PAGE)
     view = memoryview(pages)[1:2]

@@ -3,7 +3,9 @@
 import errno
 import mmap
 import os
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,19 @@ CONFIG = RegionIndex.CONFIG
 
 def open_fds() -> list[str]:
     return sorted(path.name for path in Path("/proc/self/fd").iterdir() if path.exists())
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """No file can be opened within the block."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 class Counter:
@@ -385,6 +400,26 @@ def test_a_lost_clients_mappings_do_not_reach_the_next_clients_card(rig: Rig) ->
         left_behind[0:6] = b"attack"
         assert rig.function.region_read(2, 0, 6) == bytes(6)
     assert rig.function.regions()[2].fd == rig.memory.fd
+
+
+def test_a_lost_client_is_forgotten_but_for_what_only_descriptors_can_replace(rig: Rig) -> None:
+    """The reset is to be tried again, then."""
+    fd = os.memfd_create("guest")
+    os.ftruncate(fd, mmap.PAGESIZE)
+    rig.function.dma.map(0, mmap.PAGESIZE, PROT_DMA_READ | PROT_DMA_WRITE, fd)
+    os.close(fd)
+    rig.function.region_write(2, 0, b"secret")
+    rig.configure(COMMAND, 2, MEMORY | BUS_MASTER)
+    rig.function.stop()
+    taken = rig.memory.fd
+    with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        rig.function.reset(ResetKind.LOST_CLIENT)
+    assert rig.memory.fd == taken
+    assert len(rig.function.dma) == 0
+    assert not rig.function.bus_master
+    assert rig.function.running
+    rig.function.reset(ResetKind.LOST_CLIENT)
+    assert rig.function.region_read(2, 0, 6) == bytes(6)
 
 
 @pytest.mark.parametrize("kind", [ResetKind.DEVICE, ResetKind.FLR])

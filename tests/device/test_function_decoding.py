@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -328,8 +328,10 @@ def test_sealed_memory_and_registers_cannot_be_poisoned() -> None:
 
 
 @pytest.mark.parametrize("gone", ["poison", "decoding", "reset"])
-def test_dma_of_a_peer_to_a_page_that_is_gone_fails(enforced: Card, client: Mapping, gone: str) -> None:
-    """It may be told of it by zeros once."""
+@pytest.mark.parametrize("write_first", [False, True])
+def test_dma_of_a_peer_to_a_page_that_is_gone_fails(
+    enforced: Card, client: Mapping, gone: str, write_first: bool
+) -> None:
     client.store(PAGE, b"secret")
     peer = DmaWindows()
     peer.map(0, SIZE, PROT_DMA_READ | PROT_DMA_WRITE, enforced.memory.fd)
@@ -340,10 +342,10 @@ def test_dma_of_a_peer_to_a_page_that_is_gone_fails(enforced: Card, client: Mapp
         enforced.command(0)
     else:
         enforced.function.reset(ResetKind.DEVICE)
-    with suppress(DeviceError):
-        assert peer.read(PAGE, 6) == bytes(6)
-    assert refusal(partial(peer.read, PAGE, 6)) == errno.EFAULT
-    assert refusal(partial(peer.write, PAGE, b"x")) == errno.EFAULT
+    accesses: list[Callable[[], object]] = [partial(peer.read, PAGE, 6), partial(peer.write, PAGE, b"x")]
+    if write_first:
+        accesses.reverse()
+    assert [refusal(access) for access in accesses] == [errno.EFAULT, errno.EFAULT]
     assert peer.lost_backings() == 1
     enforced.memory.repair()
     enforced.command(MEMORY)
@@ -431,6 +433,24 @@ def test_a_card_with_less_memory_behind_a_bar_is_another_one() -> None:
         move(*functions)
     for function in functions:
         function.close()
+
+
+def test_a_poisoned_card_becomes_no_other_one(enforced: Card, client: Mapping) -> None:
+    """Nothing of the state that came is in it then."""
+    enforced.function.region_write(2, 0, b"own")
+    enforced.function.poison(2, 5 * PAGE)
+    with card(COOPERATIVE) as source:
+        source.command(MEMORY | BUS_MASTER)
+        source.function.region_write(2, 5 * PAGE, b"moved")
+        stream = saved(source.function)
+    assert refusal(partial(load, enforced.function, stream)) == errno.EIO
+    assert migration_of(enforced.function).state is DeviceState.ERROR
+    assert enforced.function.region_read(2, 0, 3) == b"own"
+    assert enforced.function.region_read(CONFIG, COMMAND, 2) == MEMORY.to_bytes(2, "little")
+    enforced.memory.repair()
+    enforced.function.reset(ResetKind.DEVICE)
+    load(enforced.function, stream)
+    assert enforced.function.region_read(2, 5 * PAGE, 5) == b"moved"
 
 
 @pytest.mark.parametrize("ahead", [True, False])

@@ -21,7 +21,7 @@ from firmware._cable import LOOPBACK_BUFFER
 from firmware._datapath import DataPath
 from firmware._filter import ReceiveFilter
 from firmware.ports._port import MAX_FRAME
-from tests.device.driver_side import DriverRing, GuestMemory
+from tests.device.driver_side import DriverRing, GuestMemory, guest_memory
 from tests.device.remote_side import Client, map_by_message
 
 OWN = bytes.fromhex("525400000001")
@@ -225,6 +225,24 @@ def test_a_buffer_outside_the_windows_breaks_the_queue_and_is_reported(card: Car
     card.send(frame())
     card.settle()
     assert card.counter("tx_frames") == 0
+
+
+@pytest.mark.parametrize("framing", [PACKETS, LOOPBACK])
+def test_a_frame_in_memory_that_is_truncated_goes_nowhere(
+    make_card: Callable[..., Card], framing: int
+) -> None:
+    """Zeros are not what the driver sent."""
+    card = make_card(framing)
+    with guest_memory(card.dma, iova=0x10000000) as gone:
+        card.send(frame(b"first"))
+        card.settle()
+        card.tx.add([(gone.iova, 100, False)])
+        os.ftruncate(gone.fd, 0)
+        card.settle()
+        queue = card.path.tx
+        card.dma.unmap(gone.iova, gone.size)
+    assert queue.fault == FAULTS[8]
+    assert card.counter("tx_frames") == 1
 
 
 def test_with_the_link_down_frames_are_dropped_both_ways(card: Card) -> None:

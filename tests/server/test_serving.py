@@ -1,12 +1,14 @@
+import errno
 import os
 import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 
 from device.function import ResetKind
-from server import Session, SocketBusyError, SocketPathError, serve
+from server import Release, Session, SocketBusyError, SocketPathError, serve
 from tests.server.raw import ERR, EVENTFD, GET_INFO, SET_IRQS, TRIGGER, connect, irqs, message
 from tests.server.world import Card, World, no_fd_leaks
 
@@ -88,6 +90,7 @@ async def test_a_session_that_fails_does_not_take_the_card_away(
     served: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(kind: ResetKind) -> None:
+        served.function.on_reset = served.card.resets.append
         raise RuntimeError("a mistake in the card's code")
 
     client = await served.client()
@@ -95,4 +98,47 @@ async def test_a_session_that_fails_does_not_take_the_card_away(
     client.close()
     await served.client()
     assert "session failed" in caplog.text
-    served.function.on_reset = served.card.resets.append
+    assert served.card.resets == [ResetKind.LOST_CLIENT]
+
+
+async def test_a_card_that_cannot_be_reset_is_given_to_nobody_until_it_can(
+    served: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the client before had would be there still."""
+    tries = iter(range(3))
+    renew = served.card.memory.renew
+
+    def want_descriptors() -> None:
+        if next(tries, None) is not None:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        renew()
+
+    client = await served.client()
+    await client.write(2, 0, b"secret")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served.card.memory, "renew", want_descriptors)
+        client.close()
+        following = await served.client()
+    assert next(tries, None) is None
+    assert await following.read(2, 0, 6) == bytes(6)
+    assert len(served.card.resets) == 4
+    assert caplog.text.count("serves nobody until it can be reset") == 1
+
+
+async def test_a_server_ends_though_a_card_cannot_be_reset(tmp_path: Path) -> None:
+    card, asked = Card(), Release()
+    tried = trio.Event()
+
+    def fail(kind: ResetKind) -> None:
+        tried.set()
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    card.function.on_reset = fail
+    async with trio.open_nursery() as nursery:
+        await nursery.start(partial(serve, [(card.function, tmp_path / "card.sock")], release=asked))
+        client = await connect(tmp_path / "card.sock")
+        await client.negotiate()
+        client.close()
+        await tried.wait()
+        asked.ask()
+    card.function.close()

@@ -162,6 +162,15 @@ async def test_permissions_that_change_while_a_bar_is_away_hold_when_it_is_back(
         assert server.windows[0x10000].flags == READ
 
 
+async def test_permissions_that_a_bar_never_has_are_refused_while_it_is_away_too() -> None:
+    async with with_bar(flags=5) as (owner, _, mapping), open_container() as container:
+        entry = await container.map(0x10000, some_of(mapping), READ)
+        await set_memory(owner, False)
+        assert await refused(container.protect(0x10000, 0x2000, READ | DmaMapFlags.WRITE)) == EFAULT
+        await set_memory(owner, True)
+        assert (entry.present, entry.flags) == (True, READ)
+
+
 async def test_what_cannot_come_back_says_so_and_whoever_writes_command_hears_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

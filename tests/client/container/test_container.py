@@ -76,6 +76,23 @@ async def test_what_one_device_refuses_is_taken_back_from_the_others() -> None:
             await container.map(0x1000, memory)
 
 
+async def test_a_window_that_could_not_be_taken_back_is_not_taken_for_the_next_one_there() -> None:
+    async with believing() as (one, first), believing() as (other, second), open_container() as container:
+        await container.attach(one)
+        await container.attach(other)
+        second.refuse[DMA_MAP] = EIO
+        first.refuse[DMA_UNMAP] = EBUSY
+        with PageMemory.allocate(0x1000) as memory, PageMemory.allocate(0x1000) as wanted:
+            assert await refused(container.map(0x1000, memory)) == EIO
+            second.refuse.clear()
+            assert await refused(container.map(0x1000, wanted)) == EBUSY
+            assert second.windows == {}
+            first.refuse.clear()
+            await container.map(0x1000, wanted)
+            believed = Believed(0x1000, 3, 0, os.fstat(wanted.fd).st_ino)
+            assert first.windows == second.windows == {0x1000: believed}
+
+
 async def test_a_device_that_refuses_the_replay_is_not_attached() -> None:
     async with believing() as (session, server), open_container() as container:
         with PageMemory.allocate(0x1000) as memory:

@@ -26,11 +26,11 @@ os.ftruncate(fd, 0)
 served = 0
 for at in {order}:
     try:
-        assert dma.read(at, 4) == bytes(4)
+        dma.read(at, 4)
         served += 1
     except DeviceError:
         pass
-assert served == 1
+assert served == 0
 mappings = sum(1 for _ in open("/proc/self/maps"))
 assert mappings < 1000, mappings
 assert dma.unmap_all() == 1

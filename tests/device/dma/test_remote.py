@@ -1,6 +1,7 @@
 """Windows without memory here: the client is asked, in messages, by a thread that holds no gate meanwhile."""
 
 import errno
+import gc
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -261,6 +262,7 @@ def theirs() -> Iterator[tuple[int, mmap.mmap, int]]:
     with memoryview(memory) as view:
         address = _address_of(view)
     yield fd, memory, address
+    gc.collect()  # windows of it, which refusals that were caught have kept
     memory.close()
     os.close(fd)
 
@@ -315,5 +317,20 @@ def test_their_memory_too_may_be_truncated(theirs: tuple[int, mmap.mmap, int]) -
     dma = DmaWindows()
     dma.map_memory(BASE, 0x4000, 3, address)
     os.ftruncate(fd, 0x1000)
-    assert dma.read(BASE + 0x2000, 4) == bytes(4)
     assert refusal(dma.read, BASE + 0x2000, 4) == errno.EFAULT
+    assert refusal(dma.read, BASE + 0x2000, 4) == errno.EFAULT
+
+
+def test_memory_of_others_is_looked_after_no_longer_than_windows_show_it(
+    theirs: tuple[int, mmap.mmap, int],
+) -> None:
+    """Who forgets to unmap them leaves nothing that answers for what is mapped there next."""
+    fd, memory, address = theirs
+    dma = DmaWindows()
+    dma.map_memory(BASE, 0x4000, 3, address)
+    del dma
+    memory.close()
+    dma = DmaWindows()
+    dma.map(BASE, 0x4000, 3, fd)
+    os.ftruncate(fd, 0)
+    assert refusal(dma.read, BASE, 4) == errno.EFAULT

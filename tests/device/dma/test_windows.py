@@ -186,12 +186,36 @@ def test_memory_that_a_client_truncates_is_served_no_more_and_the_server_lives()
     with guest_memory(dma, size=0x4000, iova=0x1000) as memory:
         dma.write(0x3000, b"data")
         os.ftruncate(memory.fd, 0x1000)
-        assert dma.read(0x3000, 4) == b"\0\0\0\0"
+        assert refusal(dma.read, 0x3000, 4) == errno.EFAULT
         assert dma.lost_backings() == 1
         assert refusal(dma.write, 0x4000, b"lost") == errno.EFAULT
         assert refusal(dma.read, 0x1000, 1) == errno.EFAULT
         assert dma.unmap_all() == 1
         assert dma.lost_backings() == 0
+
+
+def test_a_write_that_meets_truncated_memory_is_refused() -> None:
+    dma = DmaWindows()
+    with guest_memory(dma, size=0x4000, iova=0x1000) as memory:
+        os.ftruncate(memory.fd, 0x1000)
+        assert refusal(dma.write, 0x3000, b"lost") == errno.EFAULT
+
+
+def test_memory_that_has_come_back_is_served_by_windows_that_are_mapped_since() -> None:
+    """And by the others of the same file, which have all the room that they had."""
+    dma = DmaWindows()
+    with guest_memory(dma, size=0x4000, iova=0x10000) as memory:
+        dma.map(0x20000, 0x1000, 3, memory.fd, 0)
+        os.ftruncate(memory.fd, 0)
+        assert refusal(dma.read, 0x20000, 4) == errno.EFAULT
+        dma.unmap(0x20000, 0x1000)
+        os.ftruncate(memory.fd, 0x1000)
+        dma.map(0x20000, 0x1000, 3, memory.fd, 0)
+        assert dma.lost_backings() == 0
+        dma.write(0x20000, b"back")
+        assert dma.read(0x10000, 4) == b"back"
+        assert refusal(dma.write, 0x13FFC, b"none") == errno.EFAULT
+        assert refusal(dma.read, 0x20000, 4) == errno.EFAULT
 
 
 @given(

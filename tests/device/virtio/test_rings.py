@@ -2,6 +2,7 @@
 
 import errno
 import os
+import struct
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,8 +15,8 @@ from device.errors import DeviceError
 from device.virtio._split import VirtQueue
 from device.virtio.chain import DescriptorChain
 from device.virtio.faults import FAULTS
-from tests.device.driver_side import DriverRing, GuestMemory, guest_memory
-from tests.device.remote_side import Ask, Client, client_of, map_by_message
+from tests.device.driver_side import INDIRECT, DriverRing, GuestMemory, guest_memory
+from tests.device.remote_side import PAGE, Ask, Client, client_of, map_by_message
 
 ENTRY = 8  # bytes of a used ring's
 
@@ -194,6 +195,44 @@ def test_rings_that_the_client_truncates_are_looked_at_no_more() -> None:
         assert len(results) > 7
         assert set(results) == {None}
         assert queue.fault is None
+
+
+@pytest.mark.parametrize("gone", ["all", "descriptors", "index"])
+def test_what_is_read_of_rings_that_are_truncated_just_then_is_nothing(gone: str) -> None:
+    """They are in this process, in one piece."""
+    dma = DmaWindows()
+    with guest_memory(dma) as memory:
+        ring = DriverRing(memory, 8)
+        buffer = memory.allocate(16), 16, True
+        if gone == "descriptors":
+            ring.descriptors = memory.iova + 16 * PAGE
+        elif gone == "index":
+            ring.driver = memory.iova + 16 * PAGE
+        queue = VirtQueue(dma, 0, 8)
+        queue.enable(8, *ring.addresses)
+        for _ in range(3):
+            ring.add([buffer])
+        assert queue.pop() is not None
+        os.ftruncate(memory.fd, 0 if gone == "all" else 16 * PAGE)
+        assert refusal(queue.pop) == errno.ECANCELED
+        assert queue.pop() is None
+        assert queue.fault is None
+
+
+def test_an_indirect_table_that_is_truncated_breaks_the_queue_and_makes_no_chain() -> None:
+    dma = DmaWindows()
+    with guest_memory(dma) as memory, guest_memory(dma, iova=0x1000000) as other:
+        ring = DriverRing(memory, 8)
+        queue = VirtQueue(dma, 0, 8)
+        queue.enable(8, *ring.addresses, indirect=True)
+        index, table = ring.free.pop(), other.iova
+        other.write(table, struct.pack("<QIHH", memory.allocate(16), 16, 0, 0))
+        ring.set_descriptor(index, table, 16, INDIRECT)
+        ring.make_available(index)
+        os.ftruncate(other.fd, 0)
+        assert refusal(queue.pop) == errno.ECANCELED
+        assert refusal(queue.pop) == errno.EIO
+        assert queue.fault == FAULTS[7]
 
 
 # --- the queue becomes another one

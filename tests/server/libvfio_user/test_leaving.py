@@ -2,18 +2,23 @@
 
 import errno
 import logging
+import os
+import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
 from device.errors import DeviceError
-from device.function import ResetKind
+from device.function import PciFunction, ResetKind
 from device.migration.migration import Migration
 from protocol.limits import UNPIN_TIMEOUT
 from server.libvfio_user import Library, Limit, serve
+from server.libvfio_user._leaving import check_pins
 from tests.server.raw import DMA_UNMAP, ERROR, FEATURE, GET_INFO, RawClient, message
 from tests.server.test_features import RUNNING, STOP, current, state
 from tests.server.test_unpinning import ALL, INFO, IOVA, asking, map_window, mapped, unmap
@@ -51,6 +56,37 @@ async def test_an_unmap_of_what_nobody_holds_does_not_wait(
     await map_window(client, 0)
     with served.function.dma.pin(IOVA, 1, READ, "test"):
         await client.do(DMA_UNMAP, unmap(address=0))
+
+
+async def test_nothing_is_pinned_between_the_look_and_the_librarys_unmap(
+    served: World, client: RawClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The window would stay, though the library has unmapped what it shows."""
+    pinned: list[str] = []
+
+    def pin() -> None:
+        try:
+            served.function.dma.pin(IOVA, 1, READ, "late").release()
+            pinned.append("in time")
+        except DeviceError as error:
+            pinned.append(os.strerror(error.errno or 0))
+
+    def check(*args: Any) -> None:
+        check_pins(*args)
+        thread.start()
+        thread.join(0.05)
+
+    thread = threading.Thread(target=lambda: gated(served.function, pin))
+    monkeypatch.setattr("server.libvfio_user._session.check_pins", check)
+    await client.do(DMA_UNMAP, unmap())
+    await trio.to_thread.run_sync(thread.join)
+    assert pinned == ["Bad address"]
+    assert len(served.function.dma) == 0
+
+
+def gated(function: PciFunction, act: Callable[[], None]) -> None:
+    with function.gate:
+        act()
 
 
 async def test_a_holder_that_does_not_let_go_is_named_and_the_window_stays(
