@@ -37,3 +37,5 @@ cdef class Marking:
 
     cdef void mark(self, uint64_t iova, uint64_t length) noexcept nogil
     cdef void mark_for_client(self, uint64_t iova, uint64_t length) noexcept nogil
+    cdef void mark_answered(self, uint64_t iova, uint64_t length, bint written) noexcept nogil
+    cdef void log_for_client(self, DirtyLog log) noexcept

@@ -152,6 +152,21 @@ cdef class Marking:
         if self.logging:
             self._log.mark(iova, length)
 
+    cdef void mark_answered(self, uint64_t iova, uint64_t length, bint written) noexcept nogil:
+        """The client was asked to write these bytes, and marked before; `written` says whether it did.
+
+        It is told again, for it may have asked for its log meanwhile, and before it wrote.
+        """
+        self.mark_for_client(iova, length)
+        if written and self._guest_log is not None:
+            self._guest_log.mark(iova, length)
+
+    cdef void log_for_client(self, DirtyLog log) noexcept:
+        """What the client hears of from now on, or None."""
+        self._log = log
+        self.logging = log is not None
+        self.marking = self.logging or self._guest_log is not None
+
     @property
     def guest_log(self):
         """The GuestLog that hears of writes, or None."""

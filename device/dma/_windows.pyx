@@ -292,14 +292,13 @@ cdef class DmaWindows(Marking):
         """
         log = DirtyLog()
         log.report(0, page_size, page_size)
-        self._log = self.pins.log = log
-        self.logging = self.marking = True
+        self.pins.log = log
+        self.log_for_client(log)
 
     def log_stop(self):
         """Log no more, and forget what was logged."""
-        self.logging = False
-        self._log = self.pins.log = None
-        self.marking = self._guest_log is not None
+        self.pins.log = None
+        self.log_for_client(None)
 
     def log_report(self, uint64_t iova, uint64_t length, uint64_t page_size):
         """DirtyLog.report; DeviceError(EINVAL) also while nothing is logged."""
@@ -487,9 +486,7 @@ cdef class DmaWindows(Marking):
                     gate.resume(depth)
             self.unanswered -= 1
         if source != NULL:
-            self.mark_for_client(iova, length)      # and who asked meanwhile may have come before the write
-            if fault == FAULT_NONE and self._guest_log is not None:
-                self._guest_log.mark(iova, length)
+            self.mark_answered(iova, length, fault == FAULT_NONE)
         if fault == FAULT_GONE and remote is self._remote and self._answering:
             self._answering = False
             self.generation += 1
