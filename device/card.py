@@ -1,27 +1,17 @@
-"""The card: a PCI function in the shape of the Intel IFC VF with a virtio network device behind it.
-
-BAR 0, 32 KiB, registers                    BAR 2, on-card memory         BAR 4, 4 KiB
-    0x0000  virtio common configuration         64-bit, prefetchable,         the live-migration block's
-    0x1000  ISR status                          mappable                      place in an IFC VF
-    0x2000  device configuration
-    0x3000  doorbells, a page a queue
-    0x6000  MSI-X table
-    0x7000  MSI-X pending bits
-
-Virtio structures lie in BARs 0, 2 and 4 only and all three BARs exist: the kernel's drivers/vdpa/ifcvf asks
-for that.
-"""
+"""The card: a PCI function with a personality of device.profiles, and a virtio network device behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from device.dma import DmaWindows
 from device.function import IoEventFdArea, PciFunction, ResetKind
+from device.live_migration import LiveMigration
 from device.migration.migration import Migration
 from device.migration.sessions import Part
-from device.pci import Bar, Identity, MemoryBar
+from device.pci import Bar, MemoryBar
 from device.pci.capabilities import (
+    Capability,
     Msi,
     Msix,
     PciExpress,
@@ -31,35 +21,54 @@ from device.pci.capabilities import (
     VirtioNotify,
     VirtioPciCfgAccess,
 )
+from device.profiles import (
+    COMMON,
+    DEVICE_CONFIG,
+    DOORBELLS,
+    ISR,
+    LIVE_MIGRATION_BAR,
+    LIVE_MIGRATION_SIZE,
+    MEMORY_BAR,
+    MSIX_PBA,
+    MSIX_TABLE,
+    N3000,
+    QUEUES,
+    REGISTERS_BAR,
+    REGISTERS_SIZE,
+    Listed,
+    Profile,
+)
 from device.revocation import Revocation
 from device.virtio._split import VirtQueue
 from device.virtio.moving import TransportState
 from device.virtio.net import CONFIG_SIZE
 from device.virtio.transport import COMMON_CONFIG_SIZE, NOTIFY_STRIDE, Model, VirtioPciTransport
 
-IFC_VF = Identity(vendor=0x1AF4, device=0x1041, subsystem_vendor=0x8086, subsystem=0x001A)
-
-COMMON = 0x0000
-ISR = 0x1000
-DEVICE_CONFIG = 0x2000
-DOORBELLS = 0x3000
-MSIX_TABLE = 0x6000
-MSIX_PBA = 0x7000
-BAR0_SIZE = 0x8000
-BAR4_SIZE = 0x1000
-
-QUEUES = 3  # receive, transmit, control
-VECTORS = QUEUES + 1  # one a queue and one for configuration changes
-
-DEFAULT_QUEUE_SIZE = 256  # what QEMU's virtio-net has
 DEFAULT_BAR2_SIZE = 16 << 20
+
+_CAPABILITIES: Mapping[Listed, Callable[[Profile], Capability]] = {
+    Listed.POWER: lambda _profile: PowerManagement(),
+    Listed.MSI: lambda _profile: Msi(),
+    Listed.MSIX: lambda profile: Msix(
+        profile.vectors.count, table_bar=0, table_offset=MSIX_TABLE, pba_offset=MSIX_PBA
+    ),
+    Listed.EXPRESS: lambda _profile: PciExpress(),
+    Listed.COMMON: lambda _profile: VirtioCapability(
+        VirtioCfgType.COMMON, REGISTERS_BAR, COMMON, COMMON_CONFIG_SIZE
+    ),
+    Listed.ISR: lambda _profile: VirtioCapability(VirtioCfgType.ISR, 0, ISR, 1),
+    Listed.DEVICE: lambda _profile: VirtioCapability(VirtioCfgType.DEVICE, 0, DEVICE_CONFIG, CONFIG_SIZE),
+    Listed.NOTIFY: lambda _profile: VirtioNotify(0, DOORBELLS, QUEUES * NOTIFY_STRIDE, NOTIFY_STRIDE),
+    Listed.PCI_ACCESS: lambda _profile: VirtioPciCfgAccess(),
+}
 
 
 class NetworkCard:
-    """A PCI function and its virtio transport, for `model` to give it life.
+    """A PCI function as `profile` says and its virtio transport, for `model` to give it life.
 
-    Without `msix` the card has MSI and INTx only, of which virtio drivers use INTx. `revocation` says what
-    takes mappings of its memory away.
+    Without `msix` the card has no MSI-X, and virtio drivers use INTx. `revocation` says what takes mappings
+    of its memory away. `live_migration` is the IFC VF's block, or None: hidden or not, for who has the card
+    in hand.
     """
 
     def __init__(
@@ -67,32 +76,29 @@ class NetworkCard:
         model: Model,
         *,
         name: str = "nic0",
+        profile: Profile = N3000,
         bar2_size: int = DEFAULT_BAR2_SIZE,
-        queue_size: int = DEFAULT_QUEUE_SIZE,
         msix: bool = True,
         revocation: Revocation = Revocation.COOPERATIVE,
     ) -> None:
         dma = DmaWindows()
-        bar0 = Bar(0, BAR0_SIZE)
-        self.memory = MemoryBar(2, bar2_size, revocation=revocation)
+        self.profile = profile
+        self.memory = MemoryBar(MEMORY_BAR, bar2_size, revocation=revocation)
+        bar0 = Bar(REGISTERS_BAR, REGISTERS_SIZE)
+        bar4 = Bar(LIVE_MIGRATION_BAR, LIVE_MIGRATION_SIZE)
+        bars: tuple[Bar | MemoryBar, ...] = (bar0, self.memory, bar4)
         self.function = PciFunction(
             name,
-            IFC_VF,
-            bars=[bar0, self.memory, Bar(4, BAR4_SIZE)],
+            profile.identity,
+            bars=[bar for bar in bars if bar.index in profile.shown_bars],
             capabilities=[
-                PowerManagement(),
-                Msi(),
-                *([Msix(VECTORS, table_bar=0, table_offset=MSIX_TABLE, pba_offset=MSIX_PBA)] if msix else []),
-                PciExpress(),
-                VirtioCapability(VirtioCfgType.COMMON, 0, COMMON, COMMON_CONFIG_SIZE),
-                VirtioCapability(VirtioCfgType.ISR, 0, ISR, 1),
-                VirtioCapability(VirtioCfgType.DEVICE, 0, DEVICE_CONFIG, CONFIG_SIZE),
-                VirtioNotify(0, DOORBELLS, QUEUES * NOTIFY_STRIDE, NOTIFY_STRIDE),
-                VirtioPciCfgAccess(),
+                _CAPABILITIES[part](profile)
+                for part in profile.capabilities
+                if msix or part is not Listed.MSIX
             ],
             dma=dma,
         )
-        self.queues = tuple(VirtQueue(dma, index, queue_size) for index in range(QUEUES))
+        self.queues = tuple(VirtQueue(dma, index, profile.queue_size) for index in range(QUEUES))
         self.transport = VirtioPciTransport(model, self.queues, self.function.interrupts.lines)
         bar0.claim(COMMON, COMMON_CONFIG_SIZE, self.transport.common, name="common configuration")
         bar0.claim(ISR, 4, self.transport.isr, name="ISR status")
@@ -100,6 +106,11 @@ class NetworkCard:
         bar0.claim(
             DOORBELLS, self.transport.doorbells.size, self.transport.doorbells, gated=False, name="doorbells"
         )
+        self.live_migration: LiveMigration | None = None
+        if profile.has_live_migration:
+            self.live_migration = LiveMigration(self.queues, dma, profile.ring_layout)
+            self.transport.on_reset = self.live_migration.reset
+            bar4.claim(0, LIVE_MIGRATION_SIZE, self.live_migration, name="live migration")
         self.function.on_reset = self.reset
 
     def connect_doorbells(self, fds: Sequence[int]) -> None:
@@ -111,10 +122,13 @@ class NetworkCard:
     def make_movable(self, parts: dict[bytes, Part], traits: dict[str, str]) -> Migration:
         """Give the function its migration: the card's own parts, and after them those of its model."""
         queues = ", ".join(str(queue.max_size) for queue in self.queues)
+        own: dict[bytes, Part] = {b"VIRT": TransportState(self.transport)}
+        if self.live_migration is not None:
+            own[b"LIVE"] = self.live_migration
         self.function.migration = Migration(
             self.function,
-            {b"VIRT": TransportState(self.transport), **parts},
-            {"queues": queues, **traits},
+            {**own, **parts},
+            {"profile": self.profile.text, "queues": queues, **traits},
         )
         return self.function.migration
 

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING
 from device._gate import Gate
 from device.dma import DmaWindows
 from device.errors import DeviceError
+from device.identity import Identity
 from device.interrupts.controller import Interrupts
 from device.interrupts.kinds import IrqFlags, IrqIndex, IrqKind
 from device.pci.bars import Bar, BarKind, Handler
 from device.pci.capabilities import Capability, Msi, Msix, PowerManagement
 from device.pci.capabilities.base import arrange, place_all
 from device.pci.capabilities.pm import D0, PmControl
-from device.pci.config_space import CONFIG_SIZE, Command, ConfigSpace, Identity, Status
+from device.pci.config_space import CONFIG_SIZE, Command, ConfigSpace, Status
 from device.pci.memory_bar import MemoryBar
 from device.revocation import Revocation
 

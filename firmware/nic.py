@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 import trio
 
-from device.card import DEFAULT_BAR2_SIZE, DEFAULT_QUEUE_SIZE, NetworkCard
+from device.card import DEFAULT_BAR2_SIZE, NetworkCard
 from device.errors import DeviceError
 from device.function import PciFunction, ResetKind
 from device.interrupts._eventfd import drain
+from device.profiles import N3000, Profile
 from device.revocation import Revocation
 from device.virtio.features import Feature
 from device.virtio.net import CONTROL_QUEUE, MAX_MTU, MIN_MTU, RX_QUEUE, TX_QUEUE, LinkStatus, NetConfig
@@ -66,7 +67,7 @@ def random_mac() -> bytes:
 
 
 class Nic:
-    """A card on `port`.
+    """A card on `port`, with the personality `profile`.
 
     `mac` is 6 octets (None: random), `mtu` in bytes (None: the port's, or 1500), `busy_poll_us` how long the
     worker looks for more work before it sleeps; without `offloads` checksums and segmentation stay with the
@@ -79,10 +80,10 @@ class Nic:
         port: Port,
         *,
         name: str = "nic0",
+        profile: Profile = N3000,
         mac: bytes | None = None,
         mtu: int | None = None,
         bar2_size: int = DEFAULT_BAR2_SIZE,
-        queue_size: int = DEFAULT_QUEUE_SIZE,
         busy_poll_us: int = 0,
         offloads: bool = True,
         msix: bool = True,
@@ -97,7 +98,7 @@ class Nic:
         self.name = name
         self.port = port
         self._own_mac = self._permanent_mac = mac
-        self._features = BASE_FEATURES
+        self._features = BASE_FEATURES & ~profile.withholds
         if offloads:
             for offload, host, guest in PORT_FEATURES:
                 if port.offloads & offload:
@@ -110,7 +111,7 @@ class Nic:
             self,
             name=name,
             bar2_size=bar2_size,
-            queue_size=queue_size,
+            profile=profile,
             msix=msix,
             revocation=revocation,
         )

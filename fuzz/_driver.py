@@ -6,7 +6,7 @@ import mmap
 import struct
 from typing import Final
 
-from device.card import COMMON, DOORBELLS
+from device.profiles import COMMON, DOORBELLS
 from fuzz._choices import PAGE, Choices
 from fuzz._zoo import MEMORY_PAGES
 

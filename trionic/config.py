@@ -17,6 +17,7 @@ A file holds any number of cards::
     offloads = false                # optional: checksums and segmentation stay with the guest
     msix = false                    # optional: interrupts by INTx, so that QEMU can unplug the card
     revocation = "enforced"         # optional, cooperative if absent: who takes mapped BARs away
+    profile = "c5000x:vectors=one"  # optional, n3000 if absent: which card it is
 
 Every error names the file, the card and the key, and says what is allowed. Unknown keys are refused: a
 setting that is silently ignored is worse than one that is refused. Relative paths start where the command
@@ -34,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from device.profiles import N3000, Profile, parse_profile
 from device.revocation import Revocation
 from trionic.engines import INTERFACES, NATIVE, Engine, EngineConfig
 from trionic.errors import ConfigError
@@ -52,6 +54,7 @@ __all__ = [
     "derive_mac",
     "load_config",
     "parse_bar2_size",
+    "parse_card_profile",
     "parse_mac",
     "parse_mtu",
     "parse_poll_us",
@@ -96,6 +99,8 @@ class CardConfig:
     """Whether the card has MSI-X; QEMU 11.1 aborts when it unplugs one that has."""
     revocation: Revocation = Revocation.COOPERATIVE
     """Who sees to it that nobody uses on-card memory while the card does not decode it."""
+    profile: Profile = N3000
+    """Who the card says it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +161,14 @@ def parse_bar2_size(value: object) -> int:
     if size is None or not MIN_BAR2_SIZE <= size <= MAX_BAR2_SIZE or size & (size - 1):
         raise ConfigError(f"{value!r} is no BAR size; choose a power of two from 4K to 64G, such as 16M")
     return size
+
+
+def parse_card_profile(text: object) -> Profile:
+    """A personality from ``n3000`` or ``c5000x:vectors=one``; `ConfigError` says what is allowed."""
+    try:
+        return parse_profile(_text(text))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def load_config(file: Path) -> ServeConfig:
@@ -273,4 +286,5 @@ _CARD_KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "offloads": _switch,
     "msix": _switch,
     "revocation": lambda value: Revocation(_one_of(value, [way.value for way in Revocation])),
+    "profile": parse_card_profile,
 }

@@ -97,6 +97,7 @@ def open_cards(cards: Sequence[CardConfig], poll_us: int = 0) -> Iterator[Sequen
                 offloads=card.offloads,
                 msix=card.msix,
                 revocation=card.revocation,
+                profile=card.profile,
                 busy_poll_us=poll_us,
             )
             undo.pop_all()  # from now on the card closes its port

@@ -14,13 +14,28 @@ cdef struct Chunk:
     uint64_t *bits                          # NULL: the slot is empty
 
 
-cdef class DirtyLog:
+cdef class WriteLog:
+    cdef void mark(self, uint64_t iova, uint64_t length) noexcept nogil
+
+
+cdef class DirtyLog(WriteLog):
     cdef Chunk _slots[SLOTS]
     cdef Chunk *_recent
     cdef readonly size_t chunks
     cdef bint _everything
 
-    cdef void mark(self, uint64_t iova, uint64_t length) noexcept nogil
     cdef Chunk *_slot(self, uint64_t number) noexcept nogil
     cdef uint64_t *_bits(self, uint64_t number) noexcept nogil
     cdef void _move(self, Chunk *chunk, uint64_t first, uint64_t last, int shift, uint8_t *out) noexcept nogil
+
+
+cdef class Marking:
+    cdef readonly bint logging              # for the client
+    cdef bint marking                       # every write to the client's memory is to be marked, for anybody
+    cdef DirtyLog _log
+    cdef WriteLog _guest_log
+
+    cdef void mark(self, uint64_t iova, uint64_t length) noexcept nogil
+    cdef void mark_for_client(self, uint64_t iova, uint64_t length) noexcept nogil
+    cdef void mark_answered(self, uint64_t iova, uint64_t length, bint written) noexcept nogil
+    cdef void log_for_client(self, DirtyLog log) noexcept

@@ -30,6 +30,13 @@ cdef extern from *:
     int trionic_first_bit(uint64_t word) noexcept nogil
 
 
+cdef class WriteLog:
+    """Who is to hear of each write to the client's memory."""
+
+    cdef void mark(self, uint64_t iova, uint64_t length) noexcept nogil:
+        pass
+
+
 cdef class DirtyLog:
     """Nothing is marked at first."""
 
@@ -129,3 +136,43 @@ cdef class DirtyLog:
                     chunk.bits[word] ^= bit
                     page = (page - first) >> shift
                     out[page >> 3] |= 1 << (page & 7)
+
+
+cdef class Marking:
+    """Who hears of what is written: the client, and its guest."""
+
+    cdef void mark(self, uint64_t iova, uint64_t length) noexcept nogil:
+        """These bytes were written to; only while `marking`."""
+        self.mark_for_client(iova, length)
+        if self._guest_log is not None:
+            self._guest_log.mark(iova, length)
+
+    cdef void mark_for_client(self, uint64_t iova, uint64_t length) noexcept nogil:
+        """These bytes were written to, or may have been."""
+        if self.logging:
+            self._log.mark(iova, length)
+
+    cdef void mark_answered(self, uint64_t iova, uint64_t length, bint written) noexcept nogil:
+        """The client was asked to write these bytes, and marked before; `written` says whether it did.
+
+        It is told again, for it may have asked for its log meanwhile, and before it wrote.
+        """
+        self.mark_for_client(iova, length)
+        if written and self._guest_log is not None:
+            self._guest_log.mark(iova, length)
+
+    cdef void log_for_client(self, DirtyLog log) noexcept:
+        """What the client hears of from now on, or None."""
+        self._log = log
+        self.logging = log is not None
+        self.marking = self.logging or self._guest_log is not None
+
+    @property
+    def guest_log(self):
+        """The GuestLog that hears of writes, or None."""
+        return self._guest_log
+
+    @guest_log.setter
+    def guest_log(self, WriteLog log):
+        self._guest_log = log
+        self.marking = self.logging or log is not None

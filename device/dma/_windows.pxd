@@ -1,7 +1,7 @@
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 from device._gate cimport Gate
-from device.dma._dirty cimport DirtyLog
+from device.dma._dirty cimport Marking
 from device.dma._files cimport Backing, SharedFiles
 from device.dma._pins cimport Pins
 from device.dma._table cimport Window, WindowTable
@@ -27,7 +27,7 @@ cdef enum:                  # the backing of a Window is an index, or one of the
     BORROWED = -2           # less a guard: memory that somebody else mapped
 
 
-cdef class DmaWindows:
+cdef class DmaWindows(Marking):
     cdef WindowTable _table
     cdef Window *_hit                       # the last one that was found, or NULL
     cdef SharedFiles _files
@@ -37,8 +37,6 @@ cdef class DmaWindows:
     cdef readonly uint64_t epoch            # grows with whatever makes an answer of the client come too late
     cdef readonly size_t limit
     cdef public object on_map
-    cdef readonly bint logging              # every write to the client's memory is to be marked
-    cdef DirtyLog _log
     cdef readonly Pins pins
     # by message
     cdef object _remote
@@ -54,7 +52,6 @@ cdef class DmaWindows:
     cdef int unless_lost(self, int32_t before, uint64_t iova, uint64_t length, uint32_t prot) noexcept nogil
     cdef int copy_in(self, void *target, uint64_t iova, uint64_t length) noexcept nogil
     cdef int copy_out(self, uint64_t iova, const void *source, uint64_t length) noexcept nogil
-    cdef void mark(self, uint64_t iova, uint64_t length) noexcept nogil
     cdef int _by_message(self, uint64_t iova, uint64_t *run, uint8_t *target,
                          const uint8_t *source) noexcept nogil
     cdef int _ask(self, uint64_t iova, uint64_t length, uint8_t *target, const uint8_t *source) except 1

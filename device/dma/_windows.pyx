@@ -24,7 +24,7 @@ from libc.string cimport memcpy
 
 from device._atomic cimport load_int, load_int_after
 from device._gate cimport Gate
-from device.dma._dirty cimport DirtyLog
+from device.dma._dirty cimport DirtyLog, Marking
 from device.dma._files cimport Backing, SharedFiles
 from device.dma._pins cimport Pin, Pins
 from device.dma._table cimport Place, Window, WindowTable
@@ -68,7 +68,7 @@ def _error(int fault, refusal):
     return DeviceError(errno.EFAULT, refusal)
 
 
-cdef class DmaWindows:
+cdef class DmaWindows(Marking):
     """The table of one card's windows; at most `limit` of them. `on_map()` is called after each new one."""
 
     def __cinit__(self, size_t limit=MAX_WINDOWS):
@@ -292,13 +292,13 @@ cdef class DmaWindows:
         """
         log = DirtyLog()
         log.report(0, page_size, page_size)
-        self._log = self.pins.log = log
-        self.logging = True
+        self.pins.log = log
+        self.log_for_client(log)
 
     def log_stop(self):
         """Log no more, and forget what was logged."""
-        self.logging = False
-        self._log = self.pins.log = None
+        self.pins.log = None
+        self.log_for_client(None)
 
     def log_report(self, uint64_t iova, uint64_t length, uint64_t page_size):
         """DirtyLog.report; DeviceError(EINVAL) also while nothing is logged."""
@@ -306,10 +306,6 @@ cdef class DmaWindows:
             raise DeviceError(errno.EINVAL, "no writes are logged")
         self.pins.mark_held()
         return self._log.report(iova, length, page_size)
-
-    cdef void mark(self, uint64_t iova, uint64_t length) noexcept nogil:
-        """These bytes were written to; only while `logging`."""
-        self._log.mark(iova, length)
 
     # --- accesses from Python
 
@@ -433,7 +429,7 @@ cdef class DmaWindows:
             fault = self.span(iova + done, length - done, DMA_WRITE, &part, &run)
             if fault == FAULT_NONE:
                 memcpy(part, <const uint8_t *> source + done, run)
-                if self.logging:
+                if self.marking:
                     self.mark(iova + done, run)
             else:
                 if fault == FAULT_MESSAGE_ONLY:
@@ -469,8 +465,8 @@ cdef class DmaWindows:
         cdef int depth, fault = FAULT_NONE
         remote = self._remote
         data = None if source == NULL else PyBytes_FromStringAndSize(<const char *> source, length)
-        if self.logging and source != NULL:
-            self.mark(iova, length)     # whoever asks while the message is on its way must know
+        if source != NULL:
+            self.mark_for_client(iova, length)      # who asks while the message is on its way must know
         wanted = partial(self.still_asked, epoch, iova, length, DMA_READ if source == NULL else DMA_WRITE)
         self.unanswered += 1
         depth = gate.suspend() if gate is not None else 0
@@ -489,8 +485,8 @@ cdef class DmaWindows:
                 with nogil:
                     gate.resume(depth)
             self.unanswered -= 1
-        if self.logging and source != NULL:
-            self.mark(iova, length)     # and whoever asked meanwhile may have come before the write
+        if source != NULL:
+            self.mark_answered(iova, length, fault == FAULT_NONE)
         if fault == FAULT_GONE and remote is self._remote and self._answering:
             self._answering = False
             self.generation += 1

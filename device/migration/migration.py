@@ -33,7 +33,7 @@ class Migration:
 
     `parts` are saved, and take over, in their order, after configuration space and interrupts; tags have four
     bytes. `traits` are what a source and its destination must have in common besides what the function shows
-    of itself: name and value, a line of text each.
+    of itself: name and value, a line of text each. They come first: a refusal names the first that differs.
 
     `arrivals` counts the cards that this one took over. Nothing announces them on the network.
     """
@@ -52,7 +52,7 @@ class Migration:
             b"IRQS": function.interrupts,
             **(parts or {}),
         }
-        self.identity = encode_identity({**_traits(function), **(traits or {})})
+        self.identity = encode_identity({**(traits or {}), **_traits(function)})
         self._state = S.RUNNING
         self._outgoing: Outgoing | None = None
         self._incoming: Incoming | None = None

@@ -1,9 +1,9 @@
 """Configuration space of a PCI Express endpoint (PCI Local Bus 3.0, 6.1; PCI Express Base 5.0, 7.5)."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+from device.identity import Identity
 from device.pci.bars import BarKind
 from device.pci.register_file import RegisterFile
 from device.pci.registers import At, Byte, Dword, Register, ScratchByte, Word, ro, rw, w1c
@@ -63,21 +63,6 @@ class UpperAddress(Register, width=32):
     """The upper half of a 64-bit BAR."""
 
     ADDRESS = rw(31, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who the function is. `class_code` is 24 bits, 0x020000 is an Ethernet controller.
-
-    `revision` is 1 for modern virtio (virtio 1.3, 4.1.2).
-    """
-
-    vendor: int
-    device: int
-    subsystem_vendor: int
-    subsystem: int
-    revision: int = 1
-    class_code: int = 0x020000
 
 
 class BarShape(Protocol):

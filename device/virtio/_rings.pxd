@@ -43,6 +43,7 @@ cdef class Rings:
     cdef readonly uint16_t max_size
     cdef readonly uint16_t size
     cdef readonly bint enabled
+    cdef readonly bint stopping             # enabled until what is in flight is done
     cdef readonly uint64_t epoch            # grows when the driver's queue becomes another one
     cdef public uint16_t vector
     cdef readonly uint64_t descriptor_address, driver_address, device_address
@@ -69,6 +70,7 @@ cdef class Rings:
 
     cdef bint resolve(self) noexcept nogil
     cdef bint ready(self) noexcept nogil
+    cdef bint settled(self) noexcept nogil
     cdef int available(self, uint16_t *index) noexcept nogil
     cdef int pop_chain(self, Chain *chain) noexcept nogil
     cdef void give_back(self) noexcept nogil

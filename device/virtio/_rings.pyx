@@ -95,7 +95,12 @@ cdef class Rings:
         return self._copies != NULL
 
     cdef bint ready(self) noexcept nogil:
-        return self.enabled and self._fault == 0 and self.resolve()
+        return (self.enabled and self._fault == 0 and not (self.stopping and self.settled())
+                and self.resolve())
+
+    cdef bint settled(self) noexcept nogil:
+        """Whether no chain is in flight, and the driver can see that of all that were."""
+        return self._popped == 0 and self.owed_count == 0 and not self.unpublished
 
     cdef int _ring_failed(self, int fault) noexcept nogil:
         """A ring could not be reached: BROKEN, or DISTURBED and it is looked for again."""
@@ -129,7 +134,7 @@ cdef class Rings:
         if self.dma.span(address, 2, DMA_WRITE, &where, &run) != FAULT_NONE:
             return self.dma.copy_out(address, &value, 2)
         store16_release(<uint16_t *> where, value)
-        if self.dma.logging:
+        if self.dma.marking:
             self.dma.mark(address, 2)
         return FAULT_NONE
 
@@ -175,6 +180,8 @@ cdef class Rings:
         cdef int got, fault = 0
         if not self.ready():
             return BROKEN if self._fault else 0
+        if self.stopping:
+            return 0
         got = self.available(&avail)
         if got < 0:
             return got
@@ -295,7 +302,7 @@ cdef class Rings:
         entry = <uint32_t *> &self._used[2] + 2 * (self.used_index & (self.size - 1))
         entry[0] = head
         entry[1] = written
-        if self.dma.logging:
+        if self.dma.marking:
             self.dma.mark(self.device_address + 4 + 8 * (self.used_index & (self.size - 1)), 8)
         self.used_index += 1
 
@@ -318,7 +325,7 @@ cdef class Rings:
             return self._complete_by_copies()
         self.unpublished = False
         store16_release(&self._used[1], self.used_index)
-        if self.dma.logging:
+        if self.dma.marking:
             self.dma.mark(self.device_address + 2, 2)
         fence()
         word = load16_relaxed(&self._avail[2 + self.size if self.event_index else 0])
@@ -390,5 +397,5 @@ cdef class Rings:
         """Set avail_event, or the flags where it was not negotiated."""
         cdef uint32_t at = 2 + 4 * self.size if self.event_index else 0
         store16_relaxed(&self._used[at], value)
-        if self.dma.logging:
+        if self.dma.marking:
             self.dma.mark(self.device_address + 2 * at, 2)

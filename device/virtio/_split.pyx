@@ -44,7 +44,7 @@ cdef class VirtQueue(Rings):
         """Forget the driver's rings and every index."""
         self._changed()
         self.size = self.max_size
-        self.enabled = False
+        self.enabled = self.stopping = False
         self._fault = 0
         self.vector = 0xFFFF
         self.descriptor_address = self.driver_address = self.device_address = 0
@@ -71,12 +71,32 @@ cdef class VirtQueue(Rings):
         self.descriptor_address, self.driver_address, self.device_address = descriptors, driver, device
         self.event_index, self.indirect = event_index, indirect
         self._fault = 0
-        self.enabled = True
+        self.enabled, self.stopping = True, False
 
     def disable(self):
         """Stop looking at the rings; the indices stay for whoever saves them."""
         self._changed()
-        self.enabled = False
+        self.enabled = self.stopping = False
+
+    def stop(self):
+        """Take no more chains. The queue stays enabled until `finish_stop` finds that all is done."""
+        self.stopping = self.enabled
+
+    def finish_stop(self):
+        """Disable the queue if it is stopping, no chain is in flight and the driver can see that of all that
+        were; or if that can never be: the queue is broken, or its rings are in no window. Then what the
+        driver cannot see of is not a part of `last_avail`.
+        """
+        if self.stopping and (self._fault or self.settled() or self._popped == 0 and not self.resolve()):
+            self.disable()
+
+    def place(self, uint16_t last_avail, uint16_t used_index):
+        """Where a queue that is not enabled goes on when it is; DeviceError(EBUSY) for one that is."""
+        if self.enabled:
+            raise DeviceError(errno.EBUSY, f"queue {self.index} is enabled")
+        self._changed()
+        self.next_avail, self.used_index = last_avail, used_index
+        self.owed_count = 0
 
     def restore(self, uint16_t last_avail, uint16_t used_index, int fault=0):
         """Continue where another device left off, broken if it was; the driver is interrupted once for it.

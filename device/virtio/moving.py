@@ -15,9 +15,10 @@ from device.virtio.transport import QueueSetup, Status, VirtioPciTransport
 # status, generation, configuration vector, driver features, the three selectors
 _DEVICE = struct.Struct("<BBHQIIH")
 
-# size, desc, driver, device as written; enabled, event index, indirect; the first four as enabled; indices
-# (last_avail, used_index), vector, why it is broken
+# size, desc, driver, device as written; 1 enabled or 2 stopping, event index, indirect; the first four as
+# enabled; indices (last_avail, used_index), vector, why it is broken
 _QUEUE = struct.Struct("<HQQQBBBHQQQHHHB")
+_STOPPING = 2
 _NOT_IN_USE = (0, 0, 0, 0, 0, 0)
 
 
@@ -27,6 +28,7 @@ class _Queue:
 
     setup: QueueSetup
     enabled: bool
+    stopping: bool
     event_index: bool
     indirect: bool
     size: int
@@ -43,6 +45,8 @@ class _Queue:
             queue.enable(self.size, *self.addresses, event_index=self.event_index, indirect=self.indirect)
         queue.restore(self.last_avail, self.used_index, self.fault)
         queue.vector = self.vector
+        if self.stopping:
+            queue.stop()
 
 
 class TransportState:
@@ -75,7 +79,7 @@ class TransportState:
                 setup.desc,
                 setup.driver,
                 setup.device,
-                queue.enabled,
+                queue.enabled + queue.stopping,
                 *(in_use if queue.enabled else _NOT_IN_USE),
                 queue.last_avail,
                 queue.used_index,
@@ -125,6 +129,7 @@ class TransportState:
         return _Queue(
             QueueSetup(size, desc, driver, device),
             bool(enabled),
+            enabled == _STOPPING,
             bool(event_index),
             bool(indirect),
             in_use,

@@ -1,9 +1,7 @@
 """Virtio over PCI, modern transport (virtio 1.3, section 4.1).
 
 Common configuration, doorbells, ISR and device configuration. The registers are declared once below; what a
-register does stands in a `_get_` or `_set_` method of its name. Accesses of the declared width are dispatched
-directly; any other width is put together from the declared ones, so no access that stays inside the structure
-can fail.
+register does stands in a `_get_` or `_set_` method of its name.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from dataclasses import dataclass
 from enum import IntFlag
 from typing import Protocol
 
+from device.declared import DeclaredRegisters, Register
 from device.errors import DeviceError
 from device.interrupts._lines import NO_VECTOR, Lines
 from device.virtio._split import VirtQueue
@@ -38,16 +37,6 @@ class Isr(IntFlag):
 
     QUEUE = 1
     CONFIG = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Register:
-    """One field of struct virtio_pci_common_cfg: offset and width in bytes."""
-
-    name: str
-    offset: int
-    width: int
-    writable: bool = True
 
 
 COMMON_CONFIG: tuple[Register, ...] = (
@@ -103,7 +92,10 @@ class QueueSetup:
 
 
 class VirtioPciTransport:
-    """The registers of one virtio PCI device with `queues`, signalling through `lines`."""
+    """The registers of one virtio PCI device with `queues`, signalling through `lines`.
+
+    `on_reset()` is called after each reset, the driver's own and the function's.
+    """
 
     def __init__(self, model: Model, queues: Sequence[VirtQueue], lines: Lines) -> None:
         self.model = model
@@ -114,6 +106,7 @@ class VirtioPciTransport:
         self.device = DeviceConfig(model)
         self.doorbells = Doorbells(model, len(self.queues))
         self.config_generation = 0
+        self.on_reset: Callable[[], None] = lambda: None
         self._power_on()
 
     def _power_on(self) -> None:
@@ -133,6 +126,7 @@ class VirtioPciTransport:
         self._power_on()
         self._left_behind = status
         self.lines.read_isr()
+        self.on_reset()
 
     @property
     def shown_status(self) -> Status:
@@ -218,24 +212,32 @@ class VirtioPciTransport:
         except DeviceError as error:
             log.warning("%s", error)
             self.needs_reset()
+            return
+        if self.status & Status.DRIVER_OK:
+            self.model.notified(index)  # chains may be there already
+
+    def stop_queue(self, index: int) -> None:
+        """Let a queue come to rest: queue_enable reads 1 until no chain of it is in flight, and then its
+        indices are those of the ring. Virtio has no such thing (4.1.4.3.2), the IFC VF's drivers do it.
+        """
+        queue = self.queues[index]
+        if not self.status & Status.DRIVER_OK:
+            queue.disable()  # a device leaves rings alone until then
+            return
+        queue.stop()
+        queue.finish_stop()
+        if queue.enabled:
+            self.model.notified(index)
 
 
-class CommonConfig:
+class CommonConfig(DeclaredRegisters):
     """struct virtio_pci_common_cfg (4.1.4.3)."""
 
     def __init__(self, transport: VirtioPciTransport) -> None:
         self._t = transport
         self._queue_select = 0
         self.deselect()
-        self._readers: dict[tuple[int, int], Callable[[], int]] = {}
-        self._writers: dict[tuple[int, int], Callable[[int], None]] = {}
-        self._at: dict[int, Register] = {}
-        for register in COMMON_CONFIG:
-            self._readers[register.offset, register.width] = getattr(self, f"_get_{register.name}")
-            if register.writable:
-                self._writers[register.offset, register.width] = getattr(self, f"_set_{register.name}")
-            for offset in range(register.offset, register.offset + register.width):
-                self._at[offset] = register
+        super().__init__(COMMON_CONFIG)
 
     def deselect(self) -> None:
         """Every selector back to zero."""
@@ -249,39 +251,6 @@ class CommonConfig:
     @selectors.setter
     def selectors(self, selected: tuple[int, int, int]) -> None:
         self._device_feature_select, self._driver_feature_select, self._queue_select = selected
-
-    def read(self, offset: int, count: int) -> int:
-        """Read `count` bytes as a little-endian number."""
-        reader = self._readers.get((offset, count))
-        if reader is not None:
-            return reader()
-        value = 0
-        for i in range(count):
-            register = self._at.get(offset + i)
-            if register is not None:
-                whole = self._readers[register.offset, register.width]()
-                value |= (whole >> 8 * (offset + i - register.offset) & 0xFF) << 8 * i
-        return value
-
-    def write(self, offset: int, count: int, value: int) -> None:
-        """Write `count` bytes; a register that is touched in part keeps its other bytes."""
-        writer = self._writers.get((offset, count))
-        if writer is not None:
-            writer(value)
-            return
-        done = 0
-        while done < count:
-            register = self._at.get(offset + done)
-            if register is None:
-                return
-            first = offset + done - register.offset
-            part = min(register.width - first, count - done)
-            mask = (1 << 8 * part) - 1
-            if register.writable:
-                key = register.offset, register.width
-                kept = self._readers[key]() & ~(mask << 8 * first)
-                self._writers[key](kept | (value >> 8 * done & mask) << 8 * first)
-            done += part
 
     @property
     def _queue(self) -> VirtQueue | None:
@@ -370,14 +339,18 @@ class CommonConfig:
             self._queue.vector = self._vector(value)
 
     def _get_queue_enable(self) -> int:
-        return int(self._queue.enabled) if self._queue else 0
+        queue = self._queue
+        if not queue:
+            return 0
+        queue.finish_stop()
+        return int(queue.enabled)
 
     def _set_queue_enable(self, value: int) -> None:
         queue = self._queue
         if not queue:
             return
         if value == 0:
-            queue.disable()  # ifcvf's virtio_vdpa path writes 0 after a reset
+            self._t.stop_queue(self._queue_select)
         elif not queue.enabled:
             self._t.enable_queue(self._queue_select)
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from device.card import ISR, MSIX_PBA, MSIX_TABLE, VECTORS, NetworkCard
+from device.card import NetworkCard
 from device.function import IrqKind, RegionIndex, ResetKind
 from device.pci.capabilities import VirtioCfgType
+from device.profiles import ISR, MSIX_PBA, MSIX_TABLE, Vectors
 from device.virtio.features import Feature
 from device.virtio.transport import Isr
 from tests.device.interrupts.listener import Listener, listeners
@@ -20,6 +21,7 @@ INTX_DISABLE = 1 << 10
 INTERRUPT = 1 << 3  # of STATUS
 MSIX, VENDOR = 0x11, 0x09  # capability IDs
 QUEUE_VECTOR = 1
+VECTORS = Vectors.PER_QUEUE.count
 
 
 class Quiet:

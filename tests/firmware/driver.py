@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import trio
 
-from device.card import COMMON, DEVICE_CONFIG, DOORBELLS, ISR
+from device.profiles import COMMON, DEVICE_CONFIG, DOORBELLS, ISR
 from device.virtio.features import Feature
 from device.virtio.net import CONTROL_QUEUE, RX_QUEUE, TX_QUEUE
 from device.virtio.transport import NOTIFY_STRIDE, Status

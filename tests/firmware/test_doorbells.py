@@ -9,8 +9,8 @@ import pytest
 import trio
 import trio.testing
 
-from device.card import DOORBELLS
 from device.function import ResetKind
+from device.profiles import DOORBELLS
 from device.virtio.net import CONTROL_QUEUE
 from device.virtio.transport import NOTIFY_STRIDE
 from tests.firmware.driver import CONFIG_REGION, MEMORY_AND_BUS_MASTER

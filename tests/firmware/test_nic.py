@@ -14,8 +14,8 @@ import pytest
 import trio
 import trio.testing
 
-from device.card import COMMON
 from device.function import IrqKind, ResetKind
+from device.profiles import COMMON, PROFILES, Profile
 from device.virtio.features import Feature
 from device.virtio.net import RX_QUEUE, TX_QUEUE
 from device.virtio.transport import Status
@@ -126,6 +126,15 @@ def make_driver() -> Iterator[Callable[..., Driver]]:
 
 
 # --- what the card shows
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=list(PROFILES))
+def test_a_profile_withholds_what_it_says_and_takes_no_driver_that_asks_for_it(profile: Profile) -> None:
+    with driver_of(Nic(Cable(), mac=MAC)) as driver:
+        full = driver.offered
+    with driver_of(Nic(Cable(), mac=MAC, profile=profile)) as driver:
+        assert driver.offered == full & ~profile.withholds
+        assert driver.negotiate(full, insist=True) == (not profile.withholds)
 
 
 def test_the_card_shows_its_address_mtu_and_link(make_driver: Callable[..., Driver]) -> None:

@@ -1,10 +1,12 @@
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from device.profiles import C5000X, Visibility
 from device.revocation import Revocation
 from trionic.config import (
     MAX_BAR2_SIZE,
@@ -53,13 +55,18 @@ def test_every_key_is_taken(file: Path) -> None:
         '[[card]]\nsocket = "a.sock"\nport = "tap:name=tap0"\nmac = "02:00:00:00:00:01"\n'
         'mtu = 9000\nbar2_size = "1M"\n'
         '[[card]]\nsocket = "b.sock"\nbar2_size = 65536\noffloads = false\nmsix = false\n'
-        'revocation = "enforced"\n'
+        'revocation = "enforced"\nprofile = "c5000x:lm=hidden"\n'
     )
     assert load_config(file) == ServeConfig(
         (
             CardConfig(Path("a.sock"), "tap:name=tap0", bytes.fromhex("020000000001"), 9000, 1 << 20),
             CardConfig(
-                Path("b.sock"), bar2_size=65536, offloads=False, msix=False, revocation=Revocation.ENFORCED
+                Path("b.sock"),
+                bar2_size=65536,
+                offloads=False,
+                msix=False,
+                revocation=Revocation.ENFORCED,
+                profile=replace(C5000X, visibility=Visibility.HIDDEN),
             ),
         ),
         poll_us=50,
@@ -99,7 +106,7 @@ def test_an_unknown_key_is_refused_with_a_guess(file: Path) -> None:
 
 def test_an_unknown_key_is_refused_with_the_allowed_ones(file: Path) -> None:
     said = refusal(file, '[[card]]\nsocket = "a"\nxyz = 1\n')
-    allowed = "socket, port, mac, mtu, bar2_size, offloads, msix, revocation"
+    allowed = "socket, port, mac, mtu, bar2_size, offloads, msix, revocation, profile"
     assert said == f"card 1: unknown key xyz; allowed are {allowed}"
 
 
@@ -123,6 +130,7 @@ def test_a_card_without_a_socket_is_refused(file: Path) -> None:
         *("mtu = 67", "mtu = 65536", 'mtu = "1500"', "mtu = true", "mtu = 1500.0"),
         *("bar2_size = 0", 'bar2_size = "3M"', 'bar2_size = "M"', "bar2_size = true", 'bar2_size = "-4K"'),
         *("offloads = 1", 'msix = "no"'),
+        *('profile = "n4000"', 'profile = "n3000:"', "profile = 1", 'profile = ["n3000"]', 'profile = ""'),
         *("revocation = true", 'revocation = "strict"', 'revocation = ["enforced"]'),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from device.profiles import N3000, Profile
 from device.revocation import Revocation
 from server import Listener, ServerError
 from trionic.config import (
@@ -22,6 +23,7 @@ from trionic.config import (
     derive_mac,
     load_config,
     parse_bar2_size,
+    parse_card_profile,
     parse_mac,
     parse_mtu,
     parse_poll_us,
@@ -85,6 +87,13 @@ class _Parsed(click.ParamType[Any]):
     type=_Parsed("SIZE", parse_bar2_size, number=True),
     default=DEFAULT_BAR2_SIZE,
     help="On-card memory: a power of two such as 16M.  [default: 16M]",
+)
+@click.option(
+    "--profile",
+    type=_Parsed("PROFILE", parse_card_profile),
+    default=N3000.name,
+    show_default=True,
+    help="Which card it is, as NAME or NAME:key=value,...; see below.",
 )
 @click.option(
     "--no-offloads",
@@ -155,6 +164,7 @@ def serve(
     macs: tuple[bytes, ...],
     mtu: int | None,
     bar2_size: int,
+    profile: Profile,
     no_offloads: bool,
     no_msix: bool,
     revocation: str,
@@ -185,6 +195,24 @@ def serve(
       pcap:write=out.pcap          packets into a file; read=in.pcap replays one
 
     \b
+    Profiles, which decide the drivers that take the card:
+      n3000    Intel's N3000 (1af4:1041, 8086:001a): ifcvf and virtio-pci
+      c5000x   Intel's C5000X-PL (1af4:1000, 8086:0001): the same, today's ids
+      virtio   a plain virtio-net NIC (1af4:1041): virtio-pci, vp_vdpa
+    with these keys, the first of each being the default:
+      vectors=per-queue|shared|one   MSI-X vectors: one a queue and one for
+                                     configuration, two, or one for everything
+      queue-size=N                   descriptors a queue, 64 to 32768; 256, and
+                                     1024 of c5000x
+      lm=exposed|hidden              whether BAR 4 is there, in which ifcvf finds
+                                     ring state and dirty-page log; without it
+                                     ifcvf does not bind. Not of virtio
+      ring-state=auto|pairs|words    where that ring state is: told apart by the
+                                     width of accesses, where DPDK and Linux
+                                     before 6.5 look, where Linux looks since
+    A card moves only to one with the same profile and keys.
+
+    \b
     Revocation, when a guest's driver or a reset switches a card's memory off:
       cooperative  The client lets go by itself. Nothing it maps can fail under
                    it; one that does not let go goes on using the memory.
@@ -200,6 +228,7 @@ def serve(
       trionic serve -s /tmp/a.sock -p tap:name=tap0 -s /tmp/b.sock -p tap:name=tap1
       trionic serve --config cards.toml
       trionic serve -s /tmp/card.sock --release 30
+      trionic serve -s /tmp/card.sock --profile c5000x:vectors=shared
       trionic serve --engine libvfio-user --limits
 
     \b
@@ -213,6 +242,7 @@ def serve(
       offloads = true
       msix = true
       revocation = "cooperative"
+      profile = "n3000"
     """
     every = CardConfig(
         Path(),
@@ -221,6 +251,7 @@ def serve(
         offloads=not no_offloads,
         msix=not no_msix,
         revocation=Revocation(revocation),
+        profile=profile,
     )
     chosen = EngineConfig(Engine(engine), libvfio_user, libvfio_user_api)
     if show_limits:

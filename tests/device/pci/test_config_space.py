@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device.errors import DeviceError
+from device.identity import Identity
 from device.pci.bars import Bar, BarKind
-from device.pci.config_space import CONFIG_SIZE, Command, ConfigSpace, Identity, Status
+from device.pci.config_space import CONFIG_SIZE, Command, ConfigSpace, Status
 
 IDENTITY = Identity(0x1AF4, 0x1041, 0x8086, 0x001A)
 BAR0 = 0x10

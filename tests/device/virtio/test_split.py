@@ -331,3 +331,75 @@ def test_garbage_in_the_rings_breaks_at_most_the_queue(chance: random.Random, ga
 
 def test_write_flag_is_what_the_specification_says() -> None:
     assert (NEXT, WRITE, INDIRECT) == (1, 2, 4)
+
+
+# --- a queue that comes to rest, and where it goes on
+
+
+def test_a_queue_that_stops_takes_no_chain_and_is_enabled_until_the_last_is_pushed(world: World) -> None:
+    queue, ring = world.queue, world.ring
+    heads = [ring.add([world.buffer(b"one")]), ring.add([world.buffer(b"two")])]
+    chain = queue.pop()
+    assert chain is not None
+    queue.stop()
+    queue.finish_stop()
+    assert queue.enabled
+    assert queue.stopping
+    assert queue.pop() is None
+    assert queue.last_avail == 0
+    queue.push(chain)
+    queue.finish_stop()
+    assert not queue.enabled
+    assert (queue.last_avail, queue.used_index) == (1, 1)
+    assert ring.used() == [(heads[0], 0)]
+    queue.place(1, 1)
+    queue.enable(ring.size, *ring.addresses)
+    again = queue.pop()
+    assert again is not None
+    assert (again.head, again.read()) == (heads[1], b"two")
+
+
+def test_a_queue_that_is_not_enabled_has_nothing_to_stop(world: World) -> None:
+    world.queue.disable()
+    world.queue.stop()
+    assert not world.queue.stopping
+
+
+@pytest.mark.parametrize("why", ["broken", "unmapped"])
+def test_a_queue_whose_completions_can_never_be_seen_comes_to_rest_all_the_same(
+    world: World, why: str
+) -> None:
+    world.queue.restore(5, 5, fault=1 if why == "broken" else 0)  # the driver has not seen 5 yet, perhaps
+    if why == "unmapped":
+        world.dma.unmap_all()
+    world.queue.stop()
+    world.queue.finish_stop()
+    assert not world.queue.enabled
+    assert (world.queue.last_avail, world.queue.used_index) == (5, 5)
+
+
+def test_a_queue_waits_for_what_its_driver_has_not_seen(world: World) -> None:
+    world.queue.restore(5, 5)
+    world.queue.stop()
+    world.queue.finish_stop()
+    assert world.queue.enabled
+    world.queue.settle()
+    world.queue.finish_stop()
+    assert not world.queue.enabled
+
+
+def test_only_a_queue_that_is_not_enabled_can_be_placed(world: World) -> None:
+    with pytest.raises(DeviceError) as refusal:
+        world.queue.place(1, 1)
+    assert refusal.value.errno == errno.EBUSY
+    assert world.queue.last_avail == 0
+
+
+def test_what_is_enabled_again_or_reset_is_not_stopping(world: World) -> None:
+    world.queue.restore(5, 5)
+    world.queue.stop()
+    world.queue.enable(world.ring.size, *world.ring.addresses)
+    assert not world.queue.stopping
+    world.queue.stop()
+    world.queue.reset()
+    assert not world.queue.stopping

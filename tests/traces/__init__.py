@@ -1,0 +1,1 @@
+"""What three drivers of the IFC VF do to its registers, access by access, replayed against the card."""

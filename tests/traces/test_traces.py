@@ -1,0 +1,95 @@
+"""Three drivers' register accesses, in their order, against a card that is served; frames pass meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from device.profiles import Vectors, parse_profile
+from firmware import Nic
+from tests.firmware.test_nic import MAC, Cable
+from tests.traces.replay import Replay, read_trace, replaying
+
+HERE = Path(__file__).parent
+PATIENCE_S = 60
+
+# Linux's choice: (vectors of the queues, vector of the configuration) by how many there are.
+LINUX_VECTORS = {
+    Vectors.PER_QUEUE: ((0, 1, 2), 3),
+    Vectors.SHARED: ((0, 0, 0), 1),
+    Vectors.ONE: ((0, 0, 0), 0),
+}
+
+
+async def replay(tmp_path: Path, trace: str, profile: str, **names: int) -> None:
+    cable = Cable()
+    nic = Nic(cable, mac=MAC, profile=parse_profile(profile), bar2_size=4096)
+    with trio.fail_after(PATIENCE_S):
+        async with replaying(nic, cable, tmp_path / "card.sock") as driver:
+            driver.names.update(names)
+            await driver.run(read_trace(HERE / trace))
+            assert driver.passed >= 30
+            assert driver.held, "what is in the ring after the last stop stays there"
+            await check_nothing_else_came(driver)
+
+
+async def check_nothing_else_came(driver: Replay) -> None:
+    await trio.testing.wait_all_tasks_blocked()
+    with pytest.raises(BlockingIOError):
+        driver.cable.network.recv(4000)
+
+
+@pytest.mark.parametrize("layout", ["auto", "pairs"])
+@pytest.mark.parametrize("trace", ["ifcvf-2019.trace", "dpdk-ifc.trace"])
+@pytest.mark.parametrize("profile", ["n3000", "c5000x"])
+async def test_drivers_of_pairs_start_and_stop_the_card(
+    tmp_path: Path, trace: str, profile: str, layout: str
+) -> None:
+    await replay(tmp_path, trace, f"{profile}:ring-state={layout}")
+
+
+@pytest.mark.parametrize("layout", ["auto", "words"])
+@pytest.mark.parametrize("vectors", Vectors)
+@pytest.mark.parametrize("profile", ["n3000", "c5000x"])
+async def test_linux_starts_and_stops_the_card_by_any_vectors(
+    tmp_path: Path, profile: str, vectors: Vectors, layout: str
+) -> None:
+    queues, configuration = LINUX_VECTORS[vectors]
+    names = {f"qv{queue}": vector for queue, vector in enumerate(queues)}
+    chosen = f"{profile}:vectors={vectors.value},ring-state={layout}"
+    await replay(tmp_path, "linux-ifcvf.trace", chosen, cv=configuration, **names)
+
+
+async def test_drivers_of_pairs_get_no_vector_that_there_is_not_and_can_tell(tmp_path: Path) -> None:
+    with pytest.raises((AssertionError, ExceptionGroup)) as failure:
+        await replay(tmp_path, "dpdk-ifc.trace", "n3000:vectors=shared")
+    text = "".join(str(each) for each in flat(failure.value))
+    assert "r2 common.queue_msix_vector = 1 + 1: 0xffff" in text
+
+
+def flat(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [one for each in error.exceptions for one in flat(each)]
+    return [error]
+
+
+async def test_selectors_out_of_range_read_zero_and_harm_nothing(tmp_path: Path) -> None:
+    """Kernels read feature words 2 and 3; a driver may name queues that no card has."""
+    cable = Cable()
+    async with replaying(Nic(cable, mac=MAC, bar2_size=4096), cable, tmp_path / "card.sock") as driver:
+        for word in (2, 3, 31, 0xFFFFFFFF):
+            for which in ("device", "driver"):
+                await driver.write(f"common.{which}_feature_select", 4, word)
+                await driver.write(f"common.{which}_feature", 4, 0xFFFFFFFF)
+                assert await driver.read(f"common.{which}_feature_select", 4) == word
+                assert await driver.read(f"common.{which}_feature", 4) == 0
+        for queue in (3, 17, 0xFFFF):
+            await driver.write("common.queue_select", 2, queue)
+            for name in ("queue_size", "queue_enable", "queue_desc", "queue_driver", "queue_device"):
+                await driver.write(f"common.{name}", 2, 1)
+                assert await driver.read(f"common.{name}", 2) == 0
+            await driver.write("common.queue_msix_vector", 2, 0)
+            assert await driver.read("common.queue_msix_vector", 2) == 0xFFFF
+        await driver.run(read_trace(HERE / "dpdk-ifc.trace"))
