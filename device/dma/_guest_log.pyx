@@ -4,15 +4,16 @@
 One bit for each page of 4 KiB by I/O virtual address, from 0 on: page n's is bit n & 7 of byte n >> 3, as
 vhost's log has it (linux/vhost.h, VHOST_SET_LOG_BASE). It is set after the bytes are written, by an access
 that nobody comes between who takes bits out at the same time; so who takes a bit out and then copies the page
-misses nothing. Bits are set for nothing else; writes of the log itself are not in it.
+misses nothing. Bits are set for nothing else; neither writes of the log itself are in it, nor what is written
+through the views of a pin.
 
 The log has to lie in memory that is here: where it does not, or is too short, bits are left out, and the
 flags say so.
 """
 
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint64_t
 
-from device._atomic cimport or8
+from device._atomic cimport load_int, or8
 from device.dma._dirty cimport LOG_PAGE_SHIFT
 from device.dma._windows cimport DMA_READ, DMA_WRITE, FAULT_NONE, DmaWindows
 
@@ -55,10 +56,13 @@ cdef class GuestLog:
         cdef uint64_t at = page >> 3
         cdef uint64_t run
         cdef uint8_t *where
+        cdef int32_t losses = load_int(self._dma.losses)
         if self.end <= self.base or at >= self.end - self.base:
             self.too_small = True
         elif self._dma.span(self.base + at, 1, DMA_READ | DMA_WRITE, &where, &run) != FAULT_NONE:
             self.unreachable = True
         else:
             or8(where, <uint8_t> (1 << (page & 7)))
+            if self._dma.unless_lost(losses, self.base + at, 1, DMA_READ | DMA_WRITE) != FAULT_NONE:
+                self.unreachable = True
             self._dma.mark_for_client(self.base + at, 1)
