@@ -69,6 +69,7 @@ cdef class Rings:
     cdef uint8_t _table[16 * MAX_SEGMENTS]  # an indirect table's copy
 
     cdef bint resolve(self) noexcept nogil
+    cdef bint reachable(self) noexcept nogil
     cdef bint ready(self) noexcept nogil
     cdef bint settled(self) noexcept nogil
     cdef int available(self, uint16_t *index) noexcept nogil

@@ -78,13 +78,17 @@ cdef class Rings:
         self._avail = <uint16_t *> self.dma.contiguous(self.driver_address, 6 + 2 * size, DMA_READ)
         self._used = <uint16_t *> self.dma.contiguous(self.device_address, 6 + 8 * size, DMA_WRITE)
         if self._descriptors == NULL or self._avail == NULL or self._used == NULL:
-            self._copied = (self.dma.reach(self.descriptor_address, 16 * size, DMA_READ) == FAULT_NONE
-                            and self.dma.reach(self.driver_address, 6 + 2 * size, DMA_READ) == FAULT_NONE
-                            and self.dma.reach(self.device_address, 6 + 8 * size, DMA_WRITE) == FAULT_NONE
-                            and self._use_copies())
+            self._copied = self.reachable() and self._use_copies()
             if not self._copied:
                 self._descriptors = NULL
         return self._descriptors != NULL
+
+    cdef bint reachable(self) noexcept nogil:
+        """Whether the rings are in the DMA windows. Changes nothing: a burst may be waiting for the client."""
+        cdef uint64_t size = self.size
+        return (self.dma.reach(self.descriptor_address, 16 * size, DMA_READ) == FAULT_NONE
+                and self.dma.reach(self.driver_address, 6 + 2 * size, DMA_READ) == FAULT_NONE
+                and self.dma.reach(self.device_address, 6 + 8 * size, DMA_WRITE) == FAULT_NONE)
 
     cdef bint _use_copies(self) noexcept nogil:
         if self._copies == NULL:

@@ -87,7 +87,7 @@ cdef class VirtQueue(Rings):
         were; or if that can never be: the queue is broken, or its rings are in no window. Then what the
         driver cannot see of is not a part of `last_avail`.
         """
-        if self.stopping and (self._fault or self.settled() or self._popped == 0 and not self.resolve()):
+        if self.stopping and (self._fault or self.settled() or self._popped == 0 and not self.reachable()):
             self.disable()
 
     def place(self, uint16_t last_avail, uint16_t used_index):

@@ -305,6 +305,37 @@ def test_the_chain_in_flight_is_done_and_those_behind_it_are_left() -> None:
         assert driver.state(TX_QUEUE) == 0x0001_0001
 
 
+def test_a_look_at_a_queue_that_comes_to_rest_leaves_its_rings_where_a_burst_has_them() -> None:
+    """What the burst waits for belongs into its copies, though the rings themselves are here by now."""
+    with stopper() as driver, client_of(driver.memory) as client:
+        dma, memory = driver.function.dma, driver.memory
+        with driver.function.gate:
+            dma.unmap_all()
+            map_by_message(dma, client)
+        driver.start(buffers=1)
+        driver.settle()
+        index_at = driver.rx.driver + 2
+        seen: list[bool] = []
+
+        def look(ask: Ask) -> None:
+            if ask[:2] == ("read", index_at):  # with a completion that the driver has not seen
+                client.meanwhile = lambda ask: None
+                driver.stop(RX_QUEUE)
+                with driver.function.gate:
+                    dma.unmap(memory.iova, memory.size)
+                    dma.map(memory.iova, memory.size, 3, memory.fd)
+                seen.append(driver.enabled(RX_QUEUE))
+                client.answer = lambda data: b"\2\0"
+
+        client.meanwhile = look
+        for number in range(2):
+            driver.cable.network.send(numbered(number))
+        driver.settle()
+        assert seen == [True]
+        assert memory.read(index_at, 2) == b"\1\0", "that is the driver's to write"
+        assert not driver.enabled(RX_QUEUE)
+
+
 def test_a_stopped_queue_waits_with_its_card_and_moves_with_it() -> None:
     """The card is stopped before a chain that is in flight can be done; it is done where the card goes on."""
     with stopper() as driver, client_of(driver.memory) as client:
