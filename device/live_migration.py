@@ -165,20 +165,24 @@ class LiveMigration:
         """Kept for who reads it: a card with one pair has nothing to choose from."""
         self._pairs = value
 
+    def _queue(self, index: int) -> VirtQueue:
+        """One of them, at rest if it was stopped and nothing of it is in flight any more."""
+        queue = self._queues[index]
+        queue.finish_stop()
+        return queue
+
     def _get_last_avail(self, queue: int) -> int:
-        self._queues[queue].finish_stop()
-        return self._queues[queue].last_avail
+        return self._queue(queue).last_avail
 
     def _set_last_avail(self, queue: int, value: int) -> None:
-        if not self._queues[queue].enabled:
+        if not self._queue(queue).enabled:
             self._queues[queue].place(value, value)
 
     def _get_used_index(self, queue: int) -> int:
-        self._queues[queue].finish_stop()
-        return self._queues[queue].used_index
+        return self._queue(queue).used_index
 
     def _set_used_index(self, queue: int, value: int) -> None:
-        if not self._queues[queue].enabled:
+        if not self._queue(queue).enabled:
             self._queues[queue].place(self._queues[queue].last_avail, value)
 
     # --- moving to another card

@@ -82,6 +82,10 @@ cdef class VirtQueue(Rings):
         """Take no more chains. The queue stays enabled until `finish_stop` finds that all is done."""
         self.stopping = self.enabled
 
+    def go_on(self):
+        """Take chains again, if the queue has not come to rest since `stop`."""
+        self.stopping = False
+
     def finish_stop(self):
         """Disable the queue if it is stopping, no chain is in flight and the driver can see that of all that
         were; or if that can never be: the queue is broken, or its rings are in no window. Then what the

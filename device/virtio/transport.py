@@ -229,6 +229,11 @@ class VirtioPciTransport:
         if queue.enabled:
             self.model.notified(index)
 
+    def continue_queue(self, index: int) -> None:
+        """Call off `stop_queue`: chains are in flight still, and the queue goes on with the rings it has."""
+        self.queues[index].go_on()
+        self.model.notified(index)
+
 
 class CommonConfig(DeclaredRegisters):
     """struct virtio_pci_common_cfg (4.1.4.3)."""
@@ -254,8 +259,11 @@ class CommonConfig(DeclaredRegisters):
 
     @property
     def _queue(self) -> VirtQueue | None:
-        queues = self._t.queues
-        return queues[self._queue_select] if self._queue_select < len(queues) else None
+        if self._queue_select >= len(self._t.queues):
+            return None
+        queue = self._t.queues[self._queue_select]
+        queue.finish_stop()  # not every driver waits until it reads that
+        return queue
 
     def _vector(self, value: int) -> int:
         """A vector the function does not have reads back as NO_VECTOR (4.1.5.1.2)."""
@@ -339,11 +347,7 @@ class CommonConfig(DeclaredRegisters):
             self._queue.vector = self._vector(value)
 
     def _get_queue_enable(self) -> int:
-        queue = self._queue
-        if not queue:
-            return 0
-        queue.finish_stop()
-        return int(queue.enabled)
+        return int(self._queue.enabled) if self._queue else 0
 
     def _set_queue_enable(self, value: int) -> None:
         queue = self._queue
@@ -351,6 +355,8 @@ class CommonConfig(DeclaredRegisters):
             return
         if value == 0:
             self._t.stop_queue(self._queue_select)
+        elif queue.stopping:
+            self._t.continue_queue(self._queue_select)
         elif not queue.enabled:
             self._t.enable_queue(self._queue_select)
 

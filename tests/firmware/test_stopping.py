@@ -16,7 +16,7 @@ from device.virtio.net import CONTROL_QUEUE, RX_QUEUE, TX_QUEUE
 from device.virtio.transport import Status
 from firmware import Nic
 from tests.device.migration.moves import move
-from tests.device.remote_side import Ask, client_of, map_by_message
+from tests.device.remote_side import Ask, Client, client_of, map_by_message
 from tests.firmware.driver import CONFIG_VECTOR, HEADER, Driver
 from tests.firmware.test_nic import MAC, OTHER, Cable, frame
 
@@ -303,6 +303,64 @@ def test_the_chain_in_flight_is_done_and_those_behind_it_are_left() -> None:
         assert driver.sent() == out[:1]
         assert not driver.enabled(TX_QUEUE)
         assert driver.state(TX_QUEUE) == 0x0001_0001
+
+
+def once_in_flight(driver: Stopper, client: Client, length: int, what: Callable[[], None]) -> None:
+    """Do `what` when the client is asked for a frame of that length, whose chain is in flight then."""
+
+    def meanwhile(ask: Ask) -> None:
+        if ask[0] == "read" and ask[2] == HEADER + length:
+            client.meanwhile = lambda ask: None
+            what()
+
+    client.meanwhile = meanwhile
+
+
+def test_a_stop_is_called_off_by_enabling_the_queue_before_its_chain_in_flight_is_done() -> None:
+    with stopper() as driver, client_of(driver.memory) as client:
+        with driver.function.gate:
+            driver.function.dma.unmap_all()
+            map_by_message(driver.function.dma, client)
+        driver.start(buffers=0)
+        driver.settle()
+        out = [numbered(n) for n in range(3)]
+        seen: list[bool] = []
+
+        def stop_and_go_on() -> None:
+            driver.stop(TX_QUEUE)
+            driver.write(COMMON + ENABLE, 2, 1)
+            seen.append(driver.enabled(TX_QUEUE))
+
+        once_in_flight(driver, client, len(out[0]), stop_and_go_on)
+        for one in out:
+            driver.send(one)
+        driver.settle()
+        assert seen == [True]
+        assert driver.sent() == out
+        assert driver.enabled(TX_QUEUE)
+
+
+@pytest.mark.parametrize("places", [False, True])
+def test_a_driver_that_does_not_wait_for_the_end_of_a_stop_can_go_on_after_it(places: bool) -> None:
+    """Linux's does not read queue_enable after it wrote 0."""
+    with stopper() as driver, client_of(driver.memory) as client:
+        with driver.function.gate:
+            driver.function.dma.unmap_all()
+            map_by_message(driver.function.dma, client)
+        driver.start(buffers=0)
+        driver.settle()
+        out = [numbered(n) for n in range(3)]
+        once_in_flight(driver, client, len(out[0]), lambda: driver.stop(TX_QUEUE))
+        for one in out:
+            driver.send(one)
+        driver.settle()
+        assert driver.sent() == out[:1]
+        if places:
+            driver.function.region_write(LIVE_MIGRATION_BAR, RING_STATE[TX_QUEUE], b"\2\0")
+        driver.write(COMMON + ENABLE, 2, 1)
+        driver.settle()
+        assert driver.enabled(TX_QUEUE)
+        assert driver.sent() == out[2 if places else 1 :]
 
 
 def test_a_look_at_a_queue_that_comes_to_rest_leaves_its_rings_where_a_burst_has_them() -> None:

@@ -359,6 +359,22 @@ def test_a_queue_that_stops_takes_no_chain_and_is_enabled_until_the_last_is_push
     assert (again.head, again.read()) == (heads[1], b"two")
 
 
+def test_a_stop_can_be_called_off_while_a_chain_is_in_flight(world: World) -> None:
+    queue, ring = world.queue, world.ring
+    heads = [ring.add([world.buffer(b"one")]), ring.add([world.buffer(b"two")])]
+    first = queue.pop()
+    queue.stop()
+    queue.go_on()
+    second = queue.pop()
+    assert first is not None
+    assert second is not None
+    queue.push(first)
+    queue.push(second)
+    queue.finish_stop()
+    assert queue.enabled
+    assert ring.used() == [(head, 0) for head in heads]
+
+
 def test_a_queue_that_is_not_enabled_has_nothing_to_stop(world: World) -> None:
     world.queue.disable()
     world.queue.stop()
