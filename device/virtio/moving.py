@@ -126,6 +126,8 @@ class TransportState:
     @staticmethod
     def _queue(size: int, desc: int, driver: int, device: int, *fields: int) -> _Queue:
         enabled, event_index, indirect, in_use, table, avail, used, *place = fields
+        if enabled > _STOPPING:
+            raise ValueError(f"a queue whose being enabled is {enabled}")
         return _Queue(
             QueueSetup(size, desc, driver, device),
             bool(enabled),

@@ -131,6 +131,7 @@ def changed(source: Device, at: int, form: str, value: int) -> bytes:
         (0, "B", Status.FEATURES_OK, "VERSION_1"),
         (0, "B", Status.DRIVER_OK, "without having agreed"),
         (2, "H", 4, "vector 4 of 4"),
+        (QUEUES_AT + 26, "B", 3, "enabled is 3"),
         (QUEUES_AT + QUEUE.size - 3, "H", 9, "vector 9 of 4"),
         (QUEUES_AT + QUEUE.size - 1, "B", 255, "fault 255"),
     ],
