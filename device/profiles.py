@@ -99,7 +99,6 @@ class Profile:
     """
 
     name: str
-    about: str
     identity: Identity
     bars: tuple[int, ...] = (REGISTERS_BAR, MEMORY_BAR, LIVE_MIGRATION_BAR)
     capabilities: tuple[Listed, ...] = tuple(Listed)
@@ -132,30 +131,29 @@ class Profile:
         return tuple(bar for bar in self.bars if not (hidden and bar == LIVE_MIGRATION_BAR))
 
 
+# Intel's N3000, the IFC VF of 2019, with the ids of modern virtio-net.
 N3000: Final = Profile(
     "n3000",
-    "Intel's N3000, the IFC VF of 2019: ids of modern virtio-net",
     Identity(vendor=0x1AF4, device=0x1041, subsystem_vendor=0x8086, subsystem=0x001A),
 )
 
-# Its device id is that of transitional virtio-net, whose revision is 0 and whose subsystem id is the device
-# type (virtio 1.3, 4.1.2.3): drivers take it for a network card by that, and drive it in modern mode, for it
-# offers VERSION_1 and has no legacy registers. Its rings are the longest that QEMU's virtio-net takes, behind
-# which it serves guests by vhost-vdpa.
+# Intel's C5000X-PL and F2000X-PL. The device id is that of transitional virtio-net, whose revision is 0 and
+# whose subsystem id is the device type (virtio 1.3, 4.1.2.3): drivers take it for a network card by that, and
+# drive it in modern mode, for it offers VERSION_1 and has no legacy registers. Its rings are the longest that
+# QEMU's virtio-net takes, behind which it serves guests by vhost-vdpa.
 C5000X: Final = Profile(
     "c5000x",
-    "Intel's C5000X-PL and F2000X-PL: ids of transitional virtio-net, driven in modern mode",
     Identity(vendor=0x1AF4, device=0x1000, subsystem_vendor=0x8086, subsystem=0x0001, revision=0),
     queue_size=1024,
 )
 
-# The subsystem repeats the ids, as other makers of modern-only devices do. QEMU's 1af4:1100 says "a machine
-# of QEMU's", which this card cannot know, and any with 8086 would be taken by the IFC VF's driver. No virtio
-# driver uses MSI. The device is software on the host's own processors, which keep memory in the order that
-# ORDER_PLATFORM is there to ask hardware for: without it drivers use the cheaper barriers (6.1).
+# A plain virtio-net NIC. The subsystem repeats the ids, as other makers of modern-only devices do. QEMU's
+# 1af4:1100 says "a machine of QEMU's", which this card cannot know, and any with 8086 would be taken by the
+# IFC VF's driver. No virtio driver uses MSI. The device is software on the host's own processors, which keep
+# memory in the order that ORDER_PLATFORM is there to ask hardware for: without it drivers use the cheaper
+# barriers (6.1).
 VIRTIO: Final = Profile(
     "virtio",
-    "a plain virtio-net NIC: no vendor's ids, no live-migration block",
     Identity(vendor=0x1AF4, device=0x1041, subsystem_vendor=0x1AF4, subsystem=0x1041),
     bars=(REGISTERS_BAR, MEMORY_BAR),
     capabilities=tuple(part for part in Listed if part is not Listed.MSI),

@@ -195,7 +195,7 @@ def serve(
       pcap:write=out.pcap          packets into a file; read=in.pcap replays one
 
     \b
-    Profiles, which decide the drivers that take the card:
+    Profiles, whose ids are for these drivers:
       n3000    Intel's N3000 (1af4:1041, 8086:001a): ifcvf and virtio-pci
       c5000x   Intel's C5000X-PL (1af4:1000, 8086:0001): the same, today's ids
       virtio   a plain virtio-net NIC (1af4:1041): virtio-pci, vp_vdpa
@@ -205,8 +205,8 @@ def serve(
       queue-size=N                   descriptors a queue, 64 to 32768; 256, and
                                      1024 of c5000x
       lm=exposed|hidden              whether BAR 4 is there, in which ifcvf finds
-                                     ring state and dirty-page log; without it
-                                     ifcvf does not bind. Not of virtio
+                                     ring state and dirty-page log, and without
+                                     which it refuses a card. Not of virtio
       ring-state=auto|pairs|words    where that ring state is: told apart by the
                                      width of accesses, where DPDK and Linux
                                      before 6.5 look, where Linux looks since
