@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import trio
+import trio.testing
 
 from client.decoding import MemoryDecoding
 from tests.client.pci_device import Device, pci_device
@@ -51,3 +52,17 @@ async def followed(config: bytearray | None = None) -> AsyncIterator[tuple[Devic
         device.watch = lambda: follower.log.append("write")
         with device.session.decoding.followed_by(follower):
             yield device, follower
+
+
+@asynccontextmanager
+async def letting_go(device: Device, follower: Follower) -> AsyncIterator[trio.Nursery]:
+    """Memory is being switched off, by a task of the nursery that waits for the follower's `go`."""
+    follower.go = trio.Event()
+    async with trio.open_nursery() as nursery:
+
+        async def off() -> None:
+            await device.switch(memory=False)
+
+        nursery.start_soon(off)
+        await trio.testing.wait_all_tasks_blocked()
+        yield nursery

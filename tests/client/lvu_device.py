@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from bench._servers import compiled
+import trio
+
+import client
+from bench._servers import Server, compiled
 from tests.conftest import cannot
 from tests.peers.cache import PeerError
 from tests.peers.libvfio_user import libvfio_user
+
+PATIENCE: Final = 20
+"""Seconds for a test."""
 
 TRIGGER: Final = 0x14
 TRIGGERED: Final = 0x18
@@ -31,3 +39,16 @@ def lvu_device() -> str:
     except PeerError as error:
         cannot(f"libvfio-user cannot be had here: {error}")
     return f"{shlex.quote(str(program))} {{socket}}"
+
+
+@asynccontextmanager
+async def session_with(command: str, path: Path) -> AsyncIterator[client.Session]:
+    """A session with a device that `command` starts, over a socket at `path`."""
+    server = Server(command, path)
+    try:
+        with trio.fail_after(PATIENCE):
+            await trio.to_thread.run_sync(server.wait_until_listening)
+            async with client.connect(path) as session:
+                yield session
+    finally:
+        server.stop()

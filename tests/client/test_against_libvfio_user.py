@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from errno import EFAULT, ENOENT
 from pathlib import Path
 
@@ -17,11 +15,9 @@ from bench._servers import Server, libvfio_user_command
 from client.pci import read_config
 from protocol.quirks import Overrides, Quirk
 from protocol.vfio import DmaMapFlags, Feature, RegionFlags, RegionIndex
-from tests.client.lvu_device import lvu_device
+from tests.client.lvu_device import lvu_device, session_with
 from tests.conftest import cannot
 from tests.peers.cache import PeerError
-
-PATIENCE = 20
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +33,6 @@ def command() -> str:
 def dma_command() -> str:
     """How to start the device that reaches memory by message."""
     return lvu_device()
-
-
-@asynccontextmanager
-async def session_with(command: str, path: Path) -> AsyncIterator[client.Session]:
-    server = Server(command, path)
-    try:
-        with trio.fail_after(PATIENCE):
-            await trio.to_thread.run_sync(server.wait_until_listening)
-            async with client.connect(path) as session:
-                yield session
-    finally:
-        server.stop()
 
 
 async def test_it_is_agreed_with_and_described(command: str, tmp_path: Path) -> None:

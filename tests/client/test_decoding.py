@@ -14,7 +14,7 @@ from client.mapping import BarMapping, MappingState
 from client.pci import Command, PciControl, read_config
 from protocol.vfio import RegionIndex
 from tests.client import pci_device as pci
-from tests.client.followers import Follower, followed
+from tests.client.followers import Follower, followed, letting_go
 from tests.client.pci_device import Device, Switch, config_space, pci_device
 from tests.client.peer import REGION_WRITE, RESET, FakeRegion, session_with
 
@@ -227,14 +227,7 @@ async def test_several_reasons_come_together() -> None:
 
 async def test_who_gives_up_before_the_write_left_may_come_again() -> None:
     async with followed() as (device, follower):
-        follower.go = trio.Event()
-        async with trio.open_nursery() as nursery:
-
-            async def off() -> None:
-                await device.switch(memory=False)
-
-            nursery.start_soon(off)
-            await trio.testing.wait_all_tasks_blocked()
+        async with letting_go(device, follower) as nursery:
             nursery.cancel_scope.cancel()
         assert device.log == []
         assert not device.session.decoding.enabled, "they are still away"
@@ -303,14 +296,7 @@ async def test_changes_wait_for_each_other_in_the_order_of_their_calls() -> None
 
 async def test_one_who_follows_while_others_let_go_comes_back_with_them() -> None:
     async with followed() as (device, follower):
-        follower.go = trio.Event()
-        async with trio.open_nursery() as nursery:
-
-            async def off() -> None:
-                await device.switch(memory=False)
-
-            nursery.start_soon(off)
-            await trio.testing.wait_all_tasks_blocked()
+        async with letting_go(device, follower):
             with mapped(device) as (mapping, view):
                 assert mapping.state is MappingState.ZAPPED
                 assert bytes(view) == b"\xff" * 4

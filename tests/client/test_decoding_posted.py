@@ -10,7 +10,7 @@ import client
 from client.pci import read_config
 from protocol.vfio import RegionIndex
 from tests.client import pci_device as pci
-from tests.client.followers import followed
+from tests.client.followers import followed, letting_go
 from tests.client.pci_device import pci_device
 
 POSTED = {
@@ -50,19 +50,11 @@ async def test_nor_bring_them_back() -> None:
 
 
 async def test_nor_come_in_between_while_they_are_being_switched() -> None:
-    async with followed() as (device, follower):
-        follower.go = trio.Event()
-        async with trio.open_nursery() as nursery:
-
-            async def off() -> None:
-                await device.switch(memory=False)
-
-            nursery.start_soon(off)
-            await trio.testing.wait_all_tasks_blocked()
-            for data in (pci.MEMORY_ON, pci.MEMORY_OFF):
-                with pytest.raises(client.ClientError, match="must not switch"):
-                    device.session.post_write_now(RegionIndex.CONFIG, pci.COMMAND, data)
-            follower.go.set()
+    async with followed() as (device, follower), letting_go(device, follower):
+        for data in (pci.MEMORY_ON, pci.MEMORY_OFF):
+            with pytest.raises(client.ClientError, match="must not switch"):
+                device.session.post_write_now(RegionIndex.CONFIG, pci.COMMAND, data)
+        follower.go.set()
 
 
 async def test_nor_overtake_the_answer_to_one_that_is_waited_for_though_nobody_uses_them() -> None:

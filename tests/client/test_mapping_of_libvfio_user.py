@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import trio
 
 import client
-from bench._servers import Server
 from client.decoding import COMMAND
 from client.mapping import BarMapping, MappingState
 from client.pci import CapabilityId, read_config
 from protocol.vfio import RegionIndex
-from tests.client.lvu_device import PCIE, PM, RESETS, lvu_device
+from tests.client.lvu_device import PCIE, PM, RESETS, lvu_device, session_with
 
-PATIENCE = 20
 MEMORY_ON, MEMORY_OFF = b"\2\0", b"\0\0"
 
 
@@ -27,18 +23,6 @@ MEMORY_ON, MEMORY_OFF = b"\2\0", b"\0\0"
 def command() -> str:
     """How to start the device; building it needs Debian's archive once."""
     return lvu_device()
-
-
-@asynccontextmanager
-async def connected(command: str, path: Path) -> AsyncIterator[client.Session]:
-    server = Server(command, path)
-    try:
-        with trio.fail_after(PATIENCE):
-            await trio.to_thread.run_sync(server.wait_until_listening)
-            async with client.connect(path) as session:
-                yield session
-    finally:
-        server.stop()
 
 
 def config(offset: int, data: bytes) -> Callable[[client.Session], Awaitable[object]]:
@@ -66,7 +50,7 @@ SWITCHES = {
 async def test_a_mapping_is_zapped_and_comes_back_as_the_same_pages(
     command: str, tmp_path: Path, switch: Switch
 ) -> None:
-    async with connected(command, tmp_path / "lvu.sock") as session:
+    async with session_with(command, tmp_path / "lvu.sock") as session:
         read = await read_config(session)
         assert [entry.id for entry in read.capabilities] == [CapabilityId.PM, CapabilityId.PCIE]
         with (
@@ -88,7 +72,7 @@ async def test_a_mapping_is_zapped_and_comes_back_as_the_same_pages(
 
 
 async def test_what_libvfio_user_refuses_changes_nothing(command: str, tmp_path: Path) -> None:
-    async with connected(command, tmp_path / "lvu.sock") as session:
+    async with session_with(command, tmp_path / "lvu.sock") as session:
         with BarMapping(session.regions[RegionIndex.BAR2], session.decoding) as mapping:
             mapping.fault()
             with pytest.raises(client.ServerError, match="EINVAL"):

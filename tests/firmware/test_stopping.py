@@ -212,6 +212,23 @@ def test_a_queue_whose_rings_are_in_no_window_stops_at_once() -> None:
 # --- memory that the client must be asked for, and a stop at every moment of a burst
 
 
+def ask_for_memory(driver: Stopper, client: Client) -> None:
+    """Let the card reach its memory by message alone."""
+    with driver.function.gate:
+        driver.function.dma.unmap_all()
+        map_by_message(driver.function.dma, client)
+
+
+@contextmanager
+def asking(buffers: int) -> Iterator[tuple[Stopper, Client]]:
+    """A driver at work whose memory the card must ask for."""
+    with stopper() as driver, client_of(driver.memory) as client:
+        ask_for_memory(driver, client)
+        driver.start(buffers=buffers)
+        driver.settle()
+        yield driver, client
+
+
 class Interrupter:
     """Does `what` at the client's `moment`th ask, counted from the last `watch`."""
 
@@ -232,12 +249,7 @@ def test_a_queue_that_is_stopped_at_any_moment_of_a_burst_stops_when_its_chains_
     moment, last = 0, False
     unsettled = 0
     while not last:
-        with stopper() as driver, client_of(driver.memory) as client:
-            with driver.function.gate:
-                driver.function.dma.unmap_all()
-                map_by_message(driver.function.dma, client)
-            driver.start(buffers=6)
-            driver.settle()
+        with asking(buffers=6) as (driver, client):
             out = [numbered(n) for n in range(3)]
             into = [numbered(100 + n) for n in range(3)]
             early: list[tuple[bool, int]] = []
@@ -281,12 +293,7 @@ def test_a_queue_that_is_stopped_at_any_moment_of_a_burst_stops_when_its_chains_
 
 
 def test_the_chain_in_flight_is_done_and_those_behind_it_are_left() -> None:
-    with stopper() as driver, client_of(driver.memory) as client:
-        with driver.function.gate:
-            driver.function.dma.unmap_all()
-            map_by_message(driver.function.dma, client)
-        driver.start(buffers=0)
-        driver.settle()
+    with asking(buffers=0) as (driver, client):
         out = [numbered(n) for n in range(3)]
         seen: list[tuple[bool, int]] = []
 
@@ -317,12 +324,7 @@ def once_in_flight(driver: Stopper, client: Client, length: int, what: Callable[
 
 
 def test_a_stop_is_called_off_by_enabling_the_queue_before_its_chain_in_flight_is_done() -> None:
-    with stopper() as driver, client_of(driver.memory) as client:
-        with driver.function.gate:
-            driver.function.dma.unmap_all()
-            map_by_message(driver.function.dma, client)
-        driver.start(buffers=0)
-        driver.settle()
+    with asking(buffers=0) as (driver, client):
         out = [numbered(n) for n in range(3)]
         seen: list[bool] = []
 
@@ -343,12 +345,7 @@ def test_a_stop_is_called_off_by_enabling_the_queue_before_its_chain_in_flight_i
 @pytest.mark.parametrize("places", [False, True])
 def test_a_driver_that_does_not_wait_for_the_end_of_a_stop_can_go_on_after_it(places: bool) -> None:
     """Linux's does not read queue_enable after it wrote 0."""
-    with stopper() as driver, client_of(driver.memory) as client:
-        with driver.function.gate:
-            driver.function.dma.unmap_all()
-            map_by_message(driver.function.dma, client)
-        driver.start(buffers=0)
-        driver.settle()
+    with asking(buffers=0) as (driver, client):
         out = [numbered(n) for n in range(3)]
         once_in_flight(driver, client, len(out[0]), lambda: driver.stop(TX_QUEUE))
         for one in out:
@@ -365,13 +362,8 @@ def test_a_driver_that_does_not_wait_for_the_end_of_a_stop_can_go_on_after_it(pl
 
 def test_a_look_at_a_queue_that_comes_to_rest_leaves_its_rings_where_a_burst_has_them() -> None:
     """What the burst waits for belongs into its copies, though the rings themselves are here by now."""
-    with stopper() as driver, client_of(driver.memory) as client:
+    with asking(buffers=1) as (driver, client):
         dma, memory = driver.function.dma, driver.memory
-        with driver.function.gate:
-            dma.unmap_all()
-            map_by_message(dma, client)
-        driver.start(buffers=1)
-        driver.settle()
         index_at = driver.rx.driver + 2
         seen: list[bool] = []
 
@@ -396,12 +388,7 @@ def test_a_look_at_a_queue_that_comes_to_rest_leaves_its_rings_where_a_burst_has
 
 def test_a_stopped_queue_waits_with_its_card_and_moves_with_it() -> None:
     """The card is stopped before a chain that is in flight can be done; it is done where the card goes on."""
-    with stopper() as driver, client_of(driver.memory) as client:
-        with driver.function.gate:
-            driver.function.dma.unmap_all()
-            map_by_message(driver.function.dma, client)
-        driver.start(buffers=0)
-        driver.settle()
+    with asking(buffers=0) as (driver, client):
 
         def stop_both(ask: Ask) -> None:
             if ask[0] == "write" and ask[1] == driver.tx.device + 4:  # the completion of the first frame
@@ -417,9 +404,7 @@ def test_a_stopped_queue_waits_with_its_card_and_moves_with_it() -> None:
         assert driver.enabled(TX_QUEUE), "its completion is not in the ring for good"
         driver.function.run()
         other = Stopper(Cable())
-        with other.function.gate:
-            other.function.dma.unmap_all()
-            map_by_message(other.function.dma, client)
+        ask_for_memory(other, client)
         driver.function.stop()
         move(driver.function, other.function)
         assert other.enabled(TX_QUEUE)

@@ -19,8 +19,7 @@ from client.irqchip._requests import IntxRequests
 from client.irqchip.processor import open_processor
 from client.irqchip.userspace import UserspaceChip, open_ioapic, open_pic
 from protocol.vfio import IrqIndex, IrqInfoFlags, RegionIndex
-from tests.client.lvu_device import TRIGGER, TRIGGERED, lvu_device
-from tests.client.test_against_libvfio_user import session_with
+from tests.client.lvu_device import TRIGGER, TRIGGERED, lvu_device, session_with
 
 INPUT = 10
 CHANGES = 50
