@@ -22,12 +22,14 @@ ROUNDS = 10
 SWITCHES = 500
 UNTIL_IT_ENDS = 1_000_000
 
-# `off` and `on` switch memory decoding while the link is down: a doorbell would be lost.
+# `off` and `on` switch memory decoding while the link is down: a doorbell would be lost. Linux sets the
+# card's receive mode by a work item some time after the link is up, and waits for the answer for ever.
+# Refreshing the kernel's statistics is work for each CPU that is waited for, and comes after what was there.
 TOOLS = f"""{UP}
 function=$(basename $(card))
 memory=$(sed -n 3p $(card)/resource | cut -d' ' -f1)
 check() {{ test $(( $(devmem $memory 32) )) -eq $(( $1 )); }}
-off() {{ ip link set $dev down; setpci -s $function COMMAND=0:2; }}
+off() {{ ip link set $dev down; echo 1 > /proc/sys/vm/stat_refresh; setpci -s $function COMMAND=0:2; }}
 on() {{ setpci -s $function COMMAND=2:2; ip link set $dev up; }}
 pings() {{ ping -c 2 -i 0.05 -W 2 10.77.0.1; }}
 """
