@@ -4,6 +4,15 @@
 
 #include "interrupts.h"
 
+/* The first card, which does DMA, and the second, whose BAR is mapped for it beside memory of our own. */
+static void open_peers(int container, char **functions, struct card *card, struct card *other, struct buffers *own)
+{
+    open_card(card, container, functions[0], true);
+    open_card(other, container, functions[1], false);
+    own_memory(container, own);
+    demand("map_peers_bar", !dma_map(container, other->memory, BAR, other->memory_size));
+}
+
 static void peers(char **functions)
 {
     int container = open_container();
@@ -11,10 +20,7 @@ static void peers(char **functions)
     struct card card, other;
     struct net net;
 
-    open_card(&card, container, functions[0], true);
-    open_card(&other, container, functions[1], false);
-    own_memory(container, &own);
-    demand("map_peers_bar", !dma_map(container, other.memory, BAR, other.memory_size));
+    open_peers(container, functions, &card, &other, &own);
     show_host("map_peers_bar");
     start(&net, &card, &own, false);
 
@@ -93,10 +99,7 @@ static void storm(char **functions)
     struct card card, other;
     struct net net;
 
-    open_card(&card, container, functions[0], true);
-    open_card(&other, container, functions[1], false);
-    own_memory(container, &own);
-    demand("map_peers_bar", !dma_map(container, other.memory, BAR, other.memory_size));
+    open_peers(container, functions, &card, &other, &own);
     start(&net, &card, &own, false);
     there = (struct buffers){ other.memory, other.memory + BUFFER, BAR, BAR + BUFFER };
     for (int n = 0; n < FRAMES; n++) {
