@@ -38,7 +38,8 @@ _KMOD_LINKS = ["depmod", "insmod", "lsmod", "modinfo", "modprobe", "rmmod"]
 _EXTRA_LIBRARIES = ["libgcc_s.so.1"]  # loaded by name at run time, so no program lists it
 _OTHER_FILES = ["usr/share/misc/pci.ids", "etc/protocols", "etc/services"]
 
-# Which modules a guest can load, beside everything that these depend on. Paths below kernel/, without suffix.
+# Which modules a guest can load, beside everything that these depend on. Paths without suffix, below kernel/
+# but for the last.
 _MODULES = re.compile(
     r"drivers/(virtio|vdpa|vhost|vfio|iommu)/.*"
     r"|drivers/net/(virtio_net|tun|tap|veth|dummy|macvlan|macvtap|ifb|vrf|nlmon|vxlan)"
@@ -48,6 +49,7 @@ _MODULES = re.compile(
     r"|net/(8021q|bridge|802|packet|core)/.*"
     r"|net/sched/(sch_fq|sch_fq_codel|sch_ingress|sch_netem|cls_.*|act_mirred)"
     r"|net/vmw_vsock/.*"
+    r"|updates/.*"  # ours: tests.guest._modules
 )
 _SUFFIX = re.compile(r"\.ko(\.xz|\.zst|\.gz)?$")
 

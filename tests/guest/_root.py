@@ -19,6 +19,7 @@ from tests.guest._arch import ARCHES, HOST, Arch
 from tests.guest._errors import RigError
 from tests.guest._initramfs import modules_directory, write_initramfs
 from tests.guest._kernel import extract_vmlinux
+from tests.guest._modules import MODULES, SOURCE_PACKAGE, build_modules
 from tests.guest._packages import PackageTree, program_command
 from tests.peers.cache import PeerError, cache_root, cached
 from tests.peers.debian import run
@@ -122,7 +123,9 @@ def _sweep(name: str, work: Path) -> None:
 
 
 def _make_tree(work: Path, arch: Arch, host: Path | None) -> None:
-    """Fill ``work/tree`` with the packages of a guest, and with QEMU too where no `host` has it already."""
+    """Fill ``work/tree`` with the packages of a guest; where no `host` has them already, with QEMU and the
+    modules of `MODULES` too.
+    """
     _sweep("guest-root", work)
     started = time.monotonic()
     _say(f"fetching Debian's package lists for {arch.debian}")
@@ -148,6 +151,9 @@ def _make_tree(work: Path, arch: Arch, host: Path | None) -> None:
         _check_qemu(tree)
     release = kernel.removeprefix("linux-image-")
     _unpack_kernel(tree, release, host or tree)
+    if host is None:
+        _say(f"building {' and '.join(MODULES)} from {SOURCE_PACKAGE} (some 200 MB with a compiler)")
+        build_modules(work / "modules", _SUITE, release, modules_directory(tree) / "updates")
     run([*program_command(host or tree, "depmod"), "-b", tree, release])
     (work / "versions.json").write_text(json.dumps(versions, indent=1), encoding="utf-8")
     _say(f"{kernel} is ready after {time.monotonic() - started:.1f} s")
@@ -182,7 +188,7 @@ def _cached_tree(arch: Arch, host: Path | None) -> Path:
     """The directory with the tree of an architecture; `host` is that of this host's, None to make it."""
     packages = [*_TOOL_PACKAGES, _KERNEL_PACKAGE + arch.kernel]
     if host is None:
-        packages += [_QEMU_SUITE, *_QEMU_PACKAGES]
+        packages += [_QEMU_SUITE, *_QEMU_PACKAGES, SOURCE_PACKAGE, *MODULES]
     recipe = [_SUITE, arch.debian, *packages, *_UNWANTED, str(_LAYOUT)]
     return _used(cached("guest-root", "\n".join(recipe), lambda work: _make_tree(work, arch, host)))
 

@@ -35,11 +35,7 @@ modprobe vfio-pci
 modprobe vfio_iommu_type1
 install -m 755 /run/files/vfio_driver /bin/vfio_driver
 a=$(card 0) b=$(card 1)
-for function in $a $b; do
-    echo vfio-pci > $function/driver_override
-    echo ${function##*/} > $function/driver/unbind
-    echo ${function##*/} > /sys/bus/pci/drivers_probe
-done
+give vfio-pci $a $b
 a=${a##*/} b=${b##*/}
 vfio_driver bars $a
 vfio_driver interrupts $a

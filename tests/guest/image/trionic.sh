@@ -23,6 +23,21 @@ card() {
     return 1
 }
 
+# give DRIVER FUNCTION...: have this driver take PCI functions (sysfs directories) from the ones that have them.
+give() {
+    _driver=$1
+    shift
+    for _f; do
+        echo "$_driver" > "$_f/driver_override"
+        if [ -e "$_f/driver" ]; then echo "${_f##*/}" > "$_f/driver/unbind"; fi
+        echo "${_f##*/}" > /sys/bus/pci/drivers_probe
+        if [ "$(basename "$(readlink "$_f/driver")")" != "$_driver" ]; then
+            echo "$_driver does not take ${_f##*/}" >&2
+            return 1
+        fi
+    done
+}
+
 # nic [N]: the name of the Nth network interface that a PCI function has; waits up to 10 s for it to appear.
 nic() {
     _t=0
