@@ -57,12 +57,14 @@ class Ack(IntEnum):
     ERR = 1
 
 
-_CONFIG = struct.Struct("<6sHHH")
+# Padded to the end of the whole struct. Drivers of the IFC VF read it in one piece (vdpa_dev_config_fill in
+# drivers/vdpa/vdpa.c), and theirs warns about a device that has less of it.
+_CONFIG = struct.Struct("<6sHHH16x")
 
 
 @dataclass(slots=True)
 class NetConfig:
-    """struct virtio_net_config up to `mtu` (5.1.4)."""
+    """struct virtio_net_config (5.1.4); behind `mtu` are zeros, which no feature here gives a meaning to."""
 
     mac: bytes
     status: LinkStatus = LinkStatus.LINK_UP
