@@ -35,6 +35,9 @@ _TOOLS = [
     "vdpa",
 ]
 _KMOD_LINKS = ["depmod", "insmod", "lsmod", "modinfo", "modprobe", "rmmod"]
+LINKED_DIRECTORIES = ("bin", "lib", "lib64", "sbin")
+"""What guests have as links into ``usr``."""
+
 _EXTRA_LIBRARIES = ["libgcc_s.so.1"]  # loaded by name at run time, so no program lists it
 _OTHER_FILES = ["usr/share/misc/pci.ids", "etc/protocols", "etc/services"]
 
@@ -102,12 +105,19 @@ def _stage_modules(tree: Path, stage: Path, depmod: list[str]) -> None:
         path.write_bytes(lzma.decompress(content) if name.endswith(".xz") else content)
     for index in ("modules.order", "modules.builtin", "modules.builtin.modinfo"):
         shutil.copy(source / index, target)
-    (stage / "lib").symlink_to("usr/lib")
     run([*depmod, "-b", stage, source.name])
 
 
-def _copy(tree: Path, stage: Path, files: Iterable[Path]) -> None:
-    for file in files:
+def copy_programs(
+    tree: Path, stage: Path, arch: Arch, programs: Iterable[Path], files: Iterable[Path] = ()
+) -> None:
+    """Copy programs and libraries of `tree`, with the libraries that they need, to the same places below
+    `stage`, and other files too.
+
+    Raises `RigError` if one is no 64-bit ELF file or a library is missing.
+    """
+    programs = set(programs)
+    for file in programs | library_closure(tree, arch, programs) | set(files):
         target = stage / file.relative_to(tree)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, target)  # follows links: the loader finds each library under the name it asks for
@@ -120,13 +130,14 @@ def write_initramfs(out: IO[bytes], stage: Path, arch: Arch, tree: Path, host: P
     None of the programs in `tree` is run: they may be another processor's. `host` is the tree of this host's
     own. The archive is not compressed: copying is cheaper under emulation than unpacking.
     """
+    stage.mkdir()
+    for name in LINKED_DIRECTORIES:
+        (stage / name).symlink_to(f"usr/{name}")
     _stage_modules(tree, stage, program_command(host, "depmod"))
     tools = [find_program(tree, name) for name in _TOOLS]
     extra = [tree / "usr/lib" / arch.triplet / name for name in _EXTRA_LIBRARIES]
-    files = {find_program(tree, "busybox"), tree / arch.loader, *tools, *extra}
-    files |= library_closure(tree, arch, [*tools, *extra])
-    files |= {tree / name for name in _OTHER_FILES if (tree / name).exists()}
-    _copy(tree, stage, files)
+    files = {tree / name for name in [arch.loader, *_OTHER_FILES] if (tree / name).exists()}
+    copy_programs(tree, stage, arch, [find_program(tree, "busybox"), *tools, *extra], files)
     binaries = stage / "usr/bin"
     sbin = stage / "usr/sbin"
     sbin.mkdir(parents=True, exist_ok=True)
@@ -136,16 +147,15 @@ def write_initramfs(out: IO[bytes], stage: Path, arch: Arch, tree: Path, host: P
             (binaries / applet).symlink_to("busybox")
     (binaries / "sh").unlink(missing_ok=True)
     (binaries / "sh").symlink_to("dash")
-    # The interactive shell is busybox's, for its line editing; it too shall run the real tools.
+    # The interactive shell is busybox's, for its line editing; it too shall have the functions of scripts and
+    # run the real tools.
     aliases = [f"alias {path.name}=/{path.relative_to(tree)}\n" for path in sorted(tools)]
     (stage / "etc").mkdir(exist_ok=True)
-    (stage / "etc/shellrc").write_text("".join(aliases), encoding="utf-8")
+    (stage / "etc/shellrc").write_text("".join([". /lib/trionic.sh\n", *aliases]), encoding="utf-8")
     kmod = next(path for path in (binaries / "kmod", sbin / "kmod") if path.exists())
     for name in _KMOD_LINKS:
         (binaries / name).unlink(missing_ok=True)
         (sbin / name).symlink_to(f"/usr/{kmod.parent.name}/kmod")
-    for name in ("bin", "sbin", "lib64"):
-        (stage / name).symlink_to(f"usr/{name}")
     for name in ("dev", "proc", "sys", "run", "tmp", "root", "etc", "mnt", "var"):
         (stage / name).mkdir(exist_ok=True)
     (stage / "etc/passwd").write_text("root::0:0:root:/root:/bin/sh\n", encoding="utf-8")
