@@ -12,6 +12,8 @@ import pytest
 from tests.guest import RigError, Root
 from tests.guest import _root as root_module
 from tests.guest._arch import HOST, PPC64
+from tests.guest._initramfs import modules_directory
+from tests.guest._modules import MODULES
 
 
 def test_a_tree_that_was_not_used_for_long_is_there_for_what_is_made_with_it(
@@ -46,3 +48,13 @@ def test_an_initramfs_is_made_within_the_cache(
     made = root_module._cached_image(guest_root.arch, guest_root.tree.parent, guest_root.host)
     assert sorted(path.name for path in made.iterdir()) == ["initramfs.cpio", "recipe.txt"]
     assert (made / "initramfs.cpio").stat().st_size == guest_root.initramfs.stat().st_size
+
+
+def test_the_modules_that_debian_leaves_out_are_of_the_guests_kernel(guest_root: Root) -> None:
+    built = {
+        path.stem: path.read_bytes() for path in (modules_directory(guest_root.tree) / "updates").iterdir()
+    }
+    assert sorted(built) == sorted(MODULES)
+    for module, content in built.items():
+        assert f"\0vermagic={guest_root.kernel_release} ".encode() in content, module
+        assert b".debug_info" not in content, module
