@@ -35,11 +35,11 @@ _TOOLS = [
     "vdpa",
 ]
 _KMOD_LINKS = ["depmod", "insmod", "lsmod", "modinfo", "modprobe", "rmmod"]
-LINKED_DIRECTORIES = ("bin", "lib", "lib64", "sbin")
-"""What guests have as links into ``usr``."""
-
 _EXTRA_LIBRARIES = ["libgcc_s.so.1"]  # loaded by name at run time, so no program lists it
 _OTHER_FILES = ["usr/share/misc/pci.ids", "etc/protocols", "etc/services"]
+
+LINKED_DIRECTORIES = ("bin", "lib", "lib64", "sbin")
+"""What guests have as links into ``usr``."""
 
 # Which modules a guest can load, beside everything that these depend on. Paths without suffix, below kernel/
 # but for the last.
@@ -136,8 +136,9 @@ def write_initramfs(out: IO[bytes], stage: Path, arch: Arch, tree: Path, host: P
     _stage_modules(tree, stage, program_command(host, "depmod"))
     tools = [find_program(tree, name) for name in _TOOLS]
     extra = [tree / "usr/lib" / arch.triplet / name for name in _EXTRA_LIBRARIES]
-    files = {tree / name for name in [arch.loader, *_OTHER_FILES] if (tree / name).exists()}
-    copy_programs(tree, stage, arch, [find_program(tree, "busybox"), *tools, *extra], files)
+    others = [tree / name for name in _OTHER_FILES if (tree / name).exists()]
+    programs = [find_program(tree, "busybox"), *tools, *extra]
+    copy_programs(tree, stage, arch, programs, [tree / arch.loader, *others])
     binaries = stage / "usr/bin"
     sbin = stage / "usr/sbin"
     sbin.mkdir(parents=True, exist_ok=True)

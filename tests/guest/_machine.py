@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +22,7 @@ from tests.guest._arguments import Card, card_arguments, machine_arguments, seri
 from tests.guest._channel import Channel, ScriptOutput, Transcript
 from tests.guest._cpio import CpioWriter
 from tests.guest._errors import GuestError
+from tests.guest._initramfs import LINKED_DIRECTORIES
 from tests.guest._network import Network
 from tests.guest._qmp import Event, Qmp, QmpError
 from tests.guest._root import Root, guest_root
@@ -278,6 +280,7 @@ async def boot(
     network: Network | None = None,
     taps: Sequence[str] = (),
     files: Mapping[str, Path] | None = None,
+    trees: Sequence[Path] = (),
     expected_warnings: Sequence[str] = (),
 ) -> AsyncIterator[Guest]:
     """Boot a guest with the cards at `sockets` plugged in and run the shell script `script` in it.
@@ -290,6 +293,9 @@ async def boot(
     never outlives the block, nor this process.
 
     `files` are small files, such as kernel modules, which the guest finds by these names in ``/run/files``.
+    `trees` are directories whose content the guest has over its own, links as links: a tree with ``usr/bin``
+    and ``usr/lib`` brings programs and their libraries. All of it takes the guest's memory, and for a moment
+    of its boot twice. ValueError for a directory in a place where guests have a link, such as ``lib``.
     Without `shared` the guest's memory is QEMU's own: cards get no descriptor of it and have to ask for what
     is there. `taps` are TAP devices that get QEMU's own virtio cards; `network` is the namespace that QEMU
     runs in; `accel` is ``tcg`` or ``kvm`` instead of what was found to work here. Lines of QEMU's stderr that
@@ -303,7 +309,7 @@ async def boot(
         monitor, channel, console, output, stderr = near
         # It has no name: a killed run leaves nothing of it behind.
         initrd = stack.enter_context(tempfile.TemporaryFile())
-        await trio.to_thread.run_sync(_write_initrd, initrd, root, script, files or {})
+        await trio.to_thread.run_sync(_write_initrd, initrd, root, script, files or {}, trees)
         inherited = [*(end.fileno() for end in far[:4]), initrd.fileno()]
         command = [
             # A killed test run takes its guests with it.
@@ -342,11 +348,19 @@ async def boot(
             yield guest
 
 
-def _write_initrd(out: IO[bytes], root: Root, script: str, files: Mapping[str, Path]) -> None:
+def _write_initrd(
+    out: IO[bytes], root: Root, script: str, files: Mapping[str, Path], trees: Sequence[Path]
+) -> None:
     """Write what the guest starts from: its userland, and behind it what the host gives it."""
+    for tree, name in product(trees, LINKED_DIRECTORIES):
+        path = tree / name
+        if path.is_dir() and not path.is_symlink():  # it would take the link's place
+            raise ValueError(f"{path} is a directory; guests have /{name} as a link to usr/{name}")
     with root.initramfs.open("rb") as userland:
         shutil.copyfileobj(userland, out)
     archive = CpioWriter(out)
+    for tree in trees:
+        archive.tree(tree)
     for directory in ("given", "given/files"):
         archive.directory(directory)
     archive.file("given/script", script.encode() + b"\n")

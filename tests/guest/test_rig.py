@@ -15,6 +15,8 @@ import pytest
 import trio
 
 from tests.guest import GuestError, Network, Root, boot
+from tests.guest._initramfs import copy_programs
+from tests.guest._packages import find_program
 from tests.guest._qmp import QmpError
 from tests.guest.conftest import BootGuest
 
@@ -43,6 +45,26 @@ async def test_a_script_runs_and_its_output_and_status_come_back(
     assert processors == "2"
     assert rest == ["from the host", "to stderr", "no line end"]
     assert (result.status, result.boots, result.qemu_stderr) == (0, 1, "")
+
+
+async def test_a_tree_lies_over_the_guests_own_files(
+    boot_guest: BootGuest, guest_root: Root, tmp_path: Path
+) -> None:
+    trees = [tmp_path / "programs", tmp_path / "more"]
+    copy_programs(guest_root.tree, trees[0], guest_root.arch, [find_program(guest_root.tree, "zstd")])
+    (trees[0] / "usr/bin/zstdcat").symlink_to("zstd")
+    (trees[0] / "lib").symlink_to("usr/lib")
+    (trees[1] / "etc").mkdir(parents=True)
+    (trees[1] / "etc/motd").write_text("from the second tree\n")
+    script = "echo packed | zstd | zstdcat; cat /etc/motd; cat /etc/passwd; readlink /lib"
+    result = await boot_guest(script, trees=trees)
+    assert result.output == "packed\nfrom the second tree\nroot::0:0:root:/root:/bin/sh\nusr/lib\n"
+
+
+async def test_a_tree_takes_no_link_of_the_guest_away(boot_guest: BootGuest, tmp_path: Path) -> None:
+    (tmp_path / "lib").mkdir()
+    with pytest.raises(ValueError, match="guests have /lib as a link to usr/lib"):
+        await boot_guest("true", trees=[tmp_path])
 
 
 async def test_a_block_that_only_ends_still_demands_success(boot_guest: BootGuest) -> None:
