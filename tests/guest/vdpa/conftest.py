@@ -1,4 +1,4 @@
-"""Fixtures for vDPA in a guest: `parent` is each parent in turn, and guests' kernels must have nothing to say."""
+"""Fixtures for vDPA in a guest: each parent in turn, and kernels that must have nothing to say."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import pytest
 
 from tests.guest import Card, Guest
-from tests.guest.conftest import Booting, BootGuest
+from tests.guest.conftest import BootGuest, Booting
 from tests.guest.vdpa.kernel_log import KERNEL_ARGS, complaints
 from tests.guest.vdpa.parents import PARENTS, Parent
 
