@@ -1,4 +1,4 @@
-"""What TCP gets through the card, beside QEMU's own virtio-net in the same guest and run.
+"""What TCP gets through the card by each of its drivers, beside another card in the same guest and run.
 
 ``python -m bench.guest_iperf --help`` tells how to run it, ``bench/README.md`` what its numbers mean.
 """
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import click
 import trio
@@ -20,10 +21,9 @@ from rich.table import Table
 
 from bench._reporting import report
 from bench._servers import DEFAULT_COMMAND, running
-from tests.guest import Card, GuestError, Network, RigError, boot, guest_root
+from tests.guest import GuestError, Network, RigError, boot, guest_root
 from tests.peers.cache import PeerError
 
-OURS, THEIRS = "trionic", "virtio-net-pci"
 IPERF_PORT = 5201
 BOOT_SECONDS = 60  # what a guest may take besides its transfers
 
@@ -45,33 +45,67 @@ SCENARIOS = [
     Scenario("receive-plain", "host to guest, the same", "-R", False),
 ]
 
-# The least acceptable ratio, ours to theirs.
-TARGET = 0.7
 
-# Each card is known by the bus it sits on; each has its own subnet, so routes tell them apart.
-SETUP = """
-modprobe virtio_net
-for n in 0 1; do
-    dev=$(nic $n)
-    case "$(ethtool -i $dev | grep bus-info)" in *:01:00.0) subnet=0;; *) subnet=1;; esac
-    ip addr add 10.77.$subnet.2/24 dev $dev
-    ip link set $dev up
-done
+@dataclass(frozen=True)
+class Driver:
+    """What drives a card in the guest. `setup` is shell, in which $f is the card's PCI function."""
+
+    name: str
+    modules: str
+    setup: str = ""
+
+
+def _vdpa(name: str, driver: str) -> Driver:
+    """A driver that is a parent of vDPA devices, with the kernel's own user of one, virtio_vdpa, above it."""
+    setup = f"give {driver} $f; vdpa dev add name vdpa${{f##*:}} mgmtdev pci/${{f##*/}}"
+    return Driver(name, f"{name} virtio_vdpa", setup)
+
+
+VIRTIO_PCI = Driver("virtio-pci", "")
+DRIVERS = [VIRTIO_PCI, _vdpa("ifcvf", "ifcvf"), _vdpa("vp_vdpa", "vp-vdpa")]
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What the drivers' figures are divided by, and the least acceptable ratio."""
+
+    name: str
+    what: str
+    target: float
+
+
+QEMU = Yardstick("qemu", "QEMU's own virtio-net-pci", 0.7)
+OWN = Yardstick("own", "this card with virtio-pci", 0.9)
+YARDSTICKS = [QEMU, OWN]
+
+# IFC VF's driver asks for a vector for each of its queues only where there may be as many processors.
+POSSIBLE_CPUS = 4
+
+# The interface of a PCI function may sit below a vDPA device.
+FIND_INTERFACE = """
+find_interface() {
+    for one in "$(readlink -f "$1")"/virtio*/net/* "$(readlink -f "$1")"/vdpa*/virtio*/net/*; do
+        if [ -e "$one" ]; then echo "${one##*/}"; return 0; fi
+    done
+    return 1
+}
 """
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a scenario measured, in Gbit/s."""
+    """What a scenario measured of a driver, in Gbit/s."""
 
     scenario: str
+    driver: str
+    against: str
     ours: float
     theirs: float
     ratio: float
     """The median over rounds of (ours / theirs)."""
     spread: tuple[float, float]
     """The least and the greatest of the same."""
-    target: float = TARGET
+    target: float
 
     @property
     def met(self) -> bool:
@@ -79,76 +113,132 @@ class Outcome:
         return self.ratio >= self.target
 
 
-def _script(scenarios: Sequence[Scenario], rounds: int, seconds: float) -> str:
-    """Transfers one after the other, the first card changing from round to round."""
-    lines = [SETUP]
-    for scenario in scenarios:
-        switch = "on" if scenario.offloads else "off"
-        work = " ".join(f"{kind} {switch}" for kind in ("tx", "tso", "gso", "gro"))
-        lines += [f"for n in 0 1; do ethtool -K $(nic $n) {work} || true; done"]
-        for number in range(rounds):
-            for subnet in (0, 1)[:: 1 if number % 2 else -1]:
-                lines += [
-                    f"iperf3 -c 10.77.{subnet}.1 -t {seconds:g} {scenario.flags} -J > /tmp/report",
-                    f"tell result {scenario.name} {subnet} $(grep -A12 sum_received /tmp/report"
-                    " | sed -n 's/.*bits_per_second[^0-9]*\\([0-9.e+]*\\).*/\\1/p' | head -n 1)",
-                ]
-    return "\n".join(lines)
+@dataclass(frozen=True)
+class Plan:
+    """What is to be measured. Cards are numbered: 0 is the yardstick, then one for each driver."""
+
+    scenarios: Sequence[Scenario]
+    drivers: Sequence[Driver]
+    against: Yardstick
+    rounds: int
+    seconds: float
+    possible_cpus: int
+
+    @property
+    def cards(self) -> list[Driver]:
+        """What drives each card."""
+        return [VIRTIO_PCI, *self.drivers]
+
+    @property
+    def transfers(self) -> int:
+        """How many there are."""
+        return len(self.cards) * self.rounds * len(self.scenarios)
+
+    def script(self) -> str:
+        """Transfers one after the other, each round beginning with another card."""
+        lines = [line for number, driver in enumerate(self.cards) for line in _setup(number, driver)]
+        numbers = range(len(self.cards))
+        for scenario in self.scenarios:
+            switch = "on" if scenario.offloads else "off"
+            work = " ".join(f"{kind} {switch}" for kind in ("tx", "tso", "gso", "gro"))
+            lines += [f"ethtool -K $dev{number} {work} || true" for number in numbers]
+            for turn in range(self.rounds):
+                first = turn % len(numbers)
+                for number in [*numbers[first:], *numbers[:first]]:
+                    length = f"-t {self.seconds:g}"
+                    lines += [
+                        f"iperf3 -c {_subnet(number)}.1 {length} {scenario.flags} -J > /tmp/report",
+                        f"tell result {scenario.name} {number} $(grep -A12 sum_received /tmp/report"
+                        " | sed -n 's/.*bits_per_second[^0-9]*\\([0-9.e+]*\\).*/\\1/p' | head -n 1)",
+                    ]
+        return "\n".join(lines)
 
 
-async def measure(
-    scenarios: Sequence[Scenario], rounds: int, seconds: float, command: str, console: Console
-) -> list[Outcome]:
-    """Boot one guest with both cards and let it transfer; raises GuestError, RigError or PeerError."""
+def _subnet(number: int) -> str:
+    """Each card has its own, so that routes tell them apart."""
+    return f"10.77.{number}"
+
+
+def _setup(number: int, driver: Driver) -> list[str]:
+    """Shell that gives the card its driver and its interface an address, and calls the interface $devN."""
+    interface = f"dev{number}"
+    return [
+        f"for module in virtio_net {driver.modules}; do modprobe $module; done",
+        f"f=$(card {number})",
+        driver.setup,
+        f'wait_for 10 find_interface "$f"; {interface}=$(find_interface "$f")',
+        f"ip addr add {_subnet(number)}.2/24 dev ${interface}; ip link set ${interface} up",
+    ]
+
+
+async def measure(plan: Plan, command: str, console: Console) -> list[Outcome]:
+    """Boot one guest with all cards and let it transfer; raises GuestError, RigError or PeerError."""
     root = await trio.to_thread.run_sync(guest_root)
-    seen: dict[tuple[str, str], list[float]] = {}
+    seen: dict[tuple[str, int], list[float]] = {}
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="guest-iperf-")))
-        networks = [stack.enter_context(Network(tap=f"tap{n}", subnet=f"10.77.{n}")) for n in range(2)]
-        port = f"tap:name=tap0,netns={networks[0].path}"
-        server = stack.enter_context(running(f"{command} --port {port}", scratch / "card.sock"))
-        script = _script(scenarios, rounds, seconds)
-        transfers = 2 * rounds * len(scenarios)
+        networks = [
+            stack.enter_context(Network(tap=f"tap{number}", subnet=_subnet(number)))
+            for number in range(len(plan.cards))
+        ]
+        # QEMU's own card comes first on its command line, and so on the bus.
+        taken = [networks[0].tap] if plan.against is QEMU else []
+        sockets = []
+        for network in networks[len(taken) :]:
+            port = f"tap:name={network.tap},netns={network.path}"
+            sockets.append(scratch / f"{network.tap}.sock")
+            stack.enter_context(running(f"{command} --port {port}", sockets[-1]))
         async with AsyncExitStack() as peers:
             for network in networks:
                 await peers.enter_async_context(network.running(root, "iperf3", "-s", port=IPERF_PORT))
             guest = await peers.enter_async_context(
                 boot(
-                    script,
-                    # Behind a root port, ours is on a bus of its own and theirs is not.
-                    [Card(server.path, root_port=True)],
-                    network=networks[1],
-                    taps=["tap1"],
-                    deadline=BOOT_SECONDS + transfers * (seconds + 3),
+                    FIND_INTERFACE + plan.script(),
+                    sockets,
+                    network=networks[0],
+                    taps=taken,
+                    qemu_args=["-smp", f"maxcpus={plan.possible_cpus}"],
+                    deadline=BOOT_SECONDS + plan.transfers * (plan.seconds + 3),
                 )
             )
-            for number in range(transfers):
-                console.print(f"transfer {number + 1} of {transfers}", end="\r")
-                name, subnet, speed = (await guest.expect("result")).split()
-                seen.setdefault((name, OURS if subnet == "0" else THEIRS), []).append(float(speed) / 1e9)
+            for number in range(plan.transfers):
+                console.print(f"transfer {number + 1} of {plan.transfers}", end="\r")
+                name, card, speed = (await guest.expect("result")).split()
+                seen.setdefault((name, int(card)), []).append(float(speed) / 1e9)
             await guest.wait()
-    return [_outcome(scenario, seen) for scenario in scenarios]
+    return [
+        _outcome(scenario, driver, plan.against, seen[scenario.name, number], seen[scenario.name, 0])
+        for number, driver in enumerate(plan.drivers, start=1)
+        for scenario in plan.scenarios
+    ]
 
 
-def _outcome(scenario: Scenario, seen: dict[tuple[str, str], list[float]]) -> Outcome:
-    ours, theirs = seen[scenario.name, OURS], seen[scenario.name, THEIRS]
+def _outcome(
+    scenario: Scenario, driver: Driver, against: Yardstick, ours: Sequence[float], theirs: Sequence[float]
+) -> Outcome:
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return Outcome(
         scenario.name,
+        driver.name,
+        against.name,
         statistics.median(ours),
         statistics.median(theirs),
         statistics.median(ratios),
         (min(ratios), max(ratios)),
+        against.target,
     )
 
 
 def _table(outcomes: Sequence[Outcome]) -> Table:
-    table = Table(title=f"TCP in Gbit/s: {OURS} (A) beside QEMU's {THEIRS} (B)", box=SIMPLE_HEAD)
-    table.add_column("scenario", no_wrap=True)
+    [yardstick] = {one.what for one in YARDSTICKS if one.name == outcomes[0].against}
+    table = Table(title=f"TCP in Gbit/s: this card (A) beside {yardstick} (B)", box=SIMPLE_HEAD)
+    for heading in ("driver", "scenario"):
+        table.add_column(heading, no_wrap=True)
     for heading in ("A", "B", "A / B", "rounds", "target", ""):
         table.add_column(heading, justify="right", no_wrap=True)
     for outcome in outcomes:
         table.add_row(
+            outcome.driver,
             outcome.scenario,
             f"{outcome.ours:.2f}",
             f"{outcome.theirs:.2f}",
@@ -160,20 +250,50 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
+Named = TypeVar("Named", Scenario, Driver, Yardstick)
+
+
+def _chosen(everything: Sequence[Named], names: Sequence[str]) -> list[Named]:
+    """Those of these names, in the order in which they stand; without names all of them."""
+    return [one for one in everything if not names or one.name in names]
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "-s",
     "--scenario",
-    "chosen",
+    "scenarios",
     multiple=True,
     type=click.Choice([scenario.name for scenario in SCENARIOS]),
     help="Run only this one; repeat for several.  [default: all]",
+)
+@click.option(
+    "-d",
+    "--driver",
+    "drivers",
+    multiple=True,
+    type=click.Choice([driver.name for driver in DRIVERS]),
+    help="What drives our card; repeat for several, each with a card of its own.  [default: virtio-pci]",
+)
+@click.option(
+    "--against",
+    type=click.Choice([yardstick.name for yardstick in YARDSTICKS]),
+    default=QEMU.name,
+    show_default=True,
+    help="What it is compared with: QEMU's own virtio-net-pci, or another card of ours with virtio-pci.",
 )
 @click.option(
     "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Transfers of each card."
 )
 @click.option(
     "--seconds", type=click.FloatRange(0.5), default=2, show_default=True, help="The length of a transfer."
+)
+@click.option(
+    "--possible-cpus",
+    type=click.IntRange(1),
+    default=POSSIBLE_CPUS,
+    show_default=True,
+    help="Processors that the guest, which has one, could get. ifcvf takes no more vectors than that.",
 )
 @click.option(
     "--server-command",
@@ -184,23 +304,39 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("--check", is_flag=True, help="Exit with status 1 when a target is missed.")
 def main(
-    chosen: tuple[str, ...], rounds: int, seconds: float, server_command: str, as_json: bool, check: bool
+    scenarios: tuple[str, ...],
+    drivers: tuple[str, ...],
+    against: str,
+    rounds: int,
+    seconds: float,
+    possible_cpus: int,
+    server_command: str,
+    as_json: bool,
+    check: bool,
 ) -> None:
-    """Measure a guest's TCP throughput through the card, as a ratio to QEMU's own virtio-net-pci.
+    """Measure a guest's TCP throughput through the card, as a ratio to another card in the same guest.
 
-    One guest has both cards, each on a TAP device in a network namespace of its own, and transfers through
+    One guest has all cards, each on a TAP device in a network namespace of its own, and transfers through
     them in turn. Needs root; QEMU and the guest are fetched on first use.
 
     \b
     Examples:
       python -m bench.guest_iperf
       python -m bench.guest_iperf -s send --rounds 10 --seconds 4
+      python -m bench.guest_iperf -d ifcvf -d vp_vdpa --against own
       python -m bench.guest_iperf --check --json > guest_iperf.json
     """
-    scenarios = [scenario for scenario in SCENARIOS if not chosen or scenario.name in chosen]
-    console = Console(stderr=True)
+    [yardstick] = _chosen(YARDSTICKS, [against])
+    plan = Plan(
+        _chosen(SCENARIOS, scenarios),
+        _chosen(DRIVERS, drivers or [VIRTIO_PCI.name]),
+        yardstick,
+        rounds,
+        seconds,
+        possible_cpus,
+    )
     try:
-        outcomes = trio.run(measure, scenarios, rounds, seconds, server_command, console)
+        outcomes = trio.run(measure, plan, server_command, Console(stderr=True))
     except (GuestError, RigError, PeerError) as error:
         raise click.ClickException(str(error)) from error
     report(outcomes, _table, as_json=as_json, check=check)
