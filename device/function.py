@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from device.migration.migration import Migration
 
 __all__ = [
+    "Accesses",
     "Bar",
     "BarKind",
     "DeviceError",
@@ -103,6 +104,16 @@ class IoEventFdArea:
     size: int
     fd: int
     datamatch: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Accesses:
+    """What answers accesses to a region, and refuses them with DeviceError: read(offset, count) and
+    write(offset, data).
+    """
+
+    read: Callable[[int, int], bytes]
+    write: Callable[[int, Data], None]
 
 
 _ABSENT = Region(0, readable=False, writable=False)
@@ -232,6 +243,15 @@ class PciFunction:
         if self._silent:
             self._refuse_undecoded(index, offset, len(data))
         write(offset, data)
+
+    def interpose(self, index: int, between: Callable[[Accesses], Accesses]) -> None:
+        """Let what `between` makes of them answer accesses to region `index`, in their place.
+
+        Accesses that are refused because BARs are not decoded do not get there. KeyError if there is no such
+        region.
+        """
+        made = between(Accesses(self._reads[index], self._writes[index]))
+        self._reads[index], self._writes[index] = made.read, made.write
 
     def _refuse_undecoded(self, index: int, offset: int, count: int) -> None:
         bar = self.bars.get(index)

@@ -18,6 +18,7 @@ A file holds any number of cards::
     msix = false                    # optional: interrupts by INTx, so that QEMU can unplug the card
     revocation = "enforced"         # optional, cooperative if absent: who takes mapped BARs away
     profile = "c5000x:vectors=one"  # optional, n3000 if absent: which card it is
+    record = "a.trace"              # optional: where each access to its registers is written down
 
 Every error names the file, the card and the key, and says what is allowed. Unknown keys are refused: a
 setting that is silently ignored is worse than one that is refused. Relative paths start where the command
@@ -101,6 +102,8 @@ class CardConfig:
     """Who sees to it that nobody uses on-card memory while the card does not decode it."""
     profile: Profile = N3000
     """Who the card says it is."""
+    record: Path | None = None
+    """The file in which each access to its registers is written down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +193,7 @@ def load_config(file: Path) -> ServeConfig:
     if not isinstance(cards, list) or not cards or not all(isinstance(card, dict) for card in cards):
         raise ConfigError(f"{file}: has no card; write at least one [[card]] with a socket")
     return ServeConfig(
-        cards=check_sockets(
+        cards=check_files(
             tuple(_card(card, f"{file}: card {number}") for number, card in enumerate(cards, 1)), str(file)
         ),
         engine=EngineConfig(**engine),
@@ -198,17 +201,22 @@ def load_config(file: Path) -> ServeConfig:
     )
 
 
-def check_sockets(cards: tuple[CardConfig, ...], where: str) -> tuple[CardConfig, ...]:
-    """The same cards; `ConfigError` if two of them share a socket."""
-    seen: dict[Path, int] = {}
-    for number, card in enumerate(cards, 1):
-        path = card.socket.absolute()
-        if path in seen:
-            raise ConfigError(
-                f"{where}: cards {seen[path]} and {number} have the same socket {card.socket};"
-                " give each its own"
-            )
-        seen[path] = number
+def check_files(cards: tuple[CardConfig, ...], where: str) -> tuple[CardConfig, ...]:
+    """The same cards; `ConfigError` if two of them share a socket or a recording."""
+    for what, files in (
+        ("socket", [card.socket for card in cards]),
+        ("recording", [card.record for card in cards]),
+    ):
+        seen: dict[Path, int] = {}
+        for number, file in enumerate(files, 1):
+            if file is None:
+                continue
+            path = file.absolute()
+            if path in seen:
+                raise ConfigError(
+                    f"{where}: cards {seen[path]} and {number} have the same {what} {file}; give each its own"
+                )
+            seen[path] = number
     return cards
 
 
@@ -287,4 +295,5 @@ _CARD_KEYS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "msix": _switch,
     "revocation": lambda value: Revocation(_one_of(value, [way.value for way in Revocation])),
     "profile": parse_card_profile,
+    "record": lambda value: Path(_text(value)),
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import trio
 
+from device.recorder import recording
 from firmware.nic import Nic
 from firmware.ports import PortError, open_port
 from server import Listener, Release, ServerError
@@ -60,8 +61,8 @@ async def serve_cards(
     ``listeners``, one for each card, if they were made before; else they are made at the cards' sockets.
     ``release`` ends it when all clients have let go.
 
-    Raises `PortError` or `server.ServerError`, one line each, for a port, a socket or an engine that cannot
-    be had.
+    Raises `PortError`, `server.ServerError` or `TrionicError`, one line each, for a port, a socket, an engine
+    or a recording that cannot be had.
     """
     serve = open_engine(settings.engine)
     with open_cards(settings.cards, settings.poll_us) as nics:
@@ -81,7 +82,10 @@ async def serve_cards(
 
 @contextlib.contextmanager
 def open_cards(cards: Sequence[CardConfig], poll_us: int = 0) -> Iterator[Sequence[Nic]]:
-    """The cards with their ports open, closed again at the end; `PortError` if a port cannot be had."""
+    """The cards with their ports open, closed again at the end.
+
+    `PortError` if a port cannot be had, `TrionicError` if a recording cannot be made.
+    """
     with contextlib.ExitStack() as opened:
         nics = []
         for card in cards:
@@ -102,6 +106,11 @@ def open_cards(cards: Sequence[CardConfig], poll_us: int = 0) -> Iterator[Sequen
             )
             undo.pop_all()  # from now on the card closes its port
             opened.callback(nic.close)
+            if card.record is not None:
+                try:
+                    opened.enter_context(recording(nic.card, card.record))
+                except OSError as error:
+                    raise TrionicError(f"cannot record in {card.record}: {error.strerror}") from error
             nics.append(nic)
         yield nics
 

@@ -47,6 +47,7 @@ REGISTERS = {
     "config_msix_vector": 0x10,
     "num_queues": 0x12,
     "device_status": 0x14,
+    "config_generation": 0x15,
     "queue_select": 0x16,
     "queue_size": 0x18,
     "queue_msix_vector": 0x1A,

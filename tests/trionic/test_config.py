@@ -55,7 +55,7 @@ def test_every_key_is_taken(file: Path) -> None:
         '[[card]]\nsocket = "a.sock"\nport = "tap:name=tap0"\nmac = "02:00:00:00:00:01"\n'
         'mtu = 9000\nbar2_size = "1M"\n'
         '[[card]]\nsocket = "b.sock"\nbar2_size = 65536\noffloads = false\nmsix = false\n'
-        'revocation = "enforced"\nprofile = "c5000x:lm=hidden"\n'
+        'revocation = "enforced"\nprofile = "c5000x:lm=hidden"\nrecord = "b.trace"\n'
     )
     assert load_config(file) == ServeConfig(
         (
@@ -67,6 +67,7 @@ def test_every_key_is_taken(file: Path) -> None:
                 msix=False,
                 revocation=Revocation.ENFORCED,
                 profile=replace(C5000X, visibility=Visibility.HIDDEN),
+                record=Path("b.trace"),
             ),
         ),
         poll_us=50,
@@ -106,7 +107,7 @@ def test_an_unknown_key_is_refused_with_a_guess(file: Path) -> None:
 
 def test_an_unknown_key_is_refused_with_the_allowed_ones(file: Path) -> None:
     said = refusal(file, '[[card]]\nsocket = "a"\nxyz = 1\n')
-    allowed = "socket, port, mac, mtu, bar2_size, offloads, msix, revocation, profile"
+    allowed = "socket, port, mac, mtu, bar2_size, offloads, msix, revocation, profile, record"
     assert said == f"card 1: unknown key xyz; allowed are {allowed}"
 
 
@@ -152,6 +153,11 @@ def test_a_wrong_time_to_let_go_is_refused(file: Path) -> None:
 def test_two_cards_cannot_share_a_socket_however_it_is_written(file: Path) -> None:
     said = refusal(file, f'[[card]]\nsocket = "a"\n[[card]]\nsocket = "{Path.cwd()}/a"\n')
     assert said.startswith("cards 1 and 2 have the same socket")
+
+
+def test_two_cards_cannot_share_a_recording(file: Path) -> None:
+    text = "".join(f'[[card]]\nsocket = "{name}"\nrecord = "x"\n' for name in "ab")
+    assert refusal(file, text) == "cards 1 and 2 have the same recording x; give each its own"
 
 
 @pytest.mark.parametrize(

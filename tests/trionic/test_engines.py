@@ -5,6 +5,7 @@ import pytest
 
 import client
 from client.virtio import open_net
+from device.function import ResetKind
 from server.libvfio_user import Generation
 from tests.peers.engines import generation
 from tests.peers.libvfio_user import LibvfioUser
@@ -32,6 +33,24 @@ async def test_libvfio_user_serves_the_same_card(path: Path, libvfio_user: Libvf
             await nic.send(b"\xff" * 6 + bytes(54))
             assert await nic.receive() == b"\xff" * 6 + bytes(54)
         assert served.end(signal.SIGTERM) == (0, "")
+
+
+@pytest.mark.parametrize("engine", Engine)
+async def test_each_engine_records_what_a_driver_does(
+    tmp_path: Path, path: Path, libvfio_user: LibvfioUser, engine: Engine
+) -> None:
+    file = tmp_path / "driver.trace"
+    options = (*WITH_LIBRARY, libvfio_user.library) if engine is Engine.LIBVFIO_USER else ()
+    with serving("--socket", path, "--profile", "c5000x", "--record", file, *options, *QUIET) as served:
+        async with client.connect(path) as session, open_net(session) as nic:
+            await nic.send(bytes(60))
+            assert await nic.receive() == bytes(60)
+        assert served.end(signal.SIGTERM) == (0, "")
+    lines = file.read_text().splitlines()
+    assert lines[0] == "# c5000x"
+    steps = ["w1 common.device_status 0", "w2 common.queue_enable 1", "w2 notify+0x1000 1"]
+    assert [lines.index(step) for step in steps] == sorted(lines.index(step) for step in steps)
+    assert lines[-1] == f"# reset: {ResetKind.LOST_CLIENT.value}"
 
 
 def test_the_environment_names_the_library(

@@ -296,6 +296,12 @@ def test_a_port_that_does_not_exist(path: Path, spec: str, word: str) -> None:
     assert not path.exists()
 
 
+def test_a_recording_that_cannot_be_made(path: Path, tmp_path: Path) -> None:
+    said = refusal("serve", "--socket", path, "--record", tmp_path)
+    assert said == f"cannot record in {tmp_path}: Is a directory"
+    assert not path.exists()
+
+
 def test_a_malformed_file(tmp_path: Path) -> None:
     file = tmp_path / "cards.toml"
     file.write_text("[[card]\n")
@@ -314,7 +320,19 @@ def test_a_missing_file(tmp_path: Path) -> None:
     ("options", "expected"),
     [
         ((), "no card to serve; give --socket PATH, or --config FILE with [[card]] tables"),
-        (("-s", "a", "-s", "a"), "--socket: cards 1 and 2 have the same socket a; give each its own"),
+        (("-s", "a", "-s", "a"), "command line: cards 1 and 2 have the same socket a; give each its own"),
+        (
+            ("-s", "a", "-s", "b", "-r", "x", "-r", "x"),
+            "command line: cards 1 and 2 have the same recording x; give each its own",
+        ),
+        (
+            ("-s", "a", "-r", "x", "-r", "y"),
+            "--record: 2 given for 1 --socket; give one for each, or none at all",
+        ),
+        (
+            ("-c", "b", "--record", "x"),
+            "--config says which cards there are and who serves them; leave out the other options",
+        ),
         (
             ("-s", "a", "-s", "b", "-p", "loopback"),
             "--port: 1 given for 2 --socket; give one for each, or none at all",
@@ -370,5 +388,6 @@ def test_help_teaches_by_example() -> None:
         "--release",
         "cooperative  ",
         "enforced  ",
+        "--record driver.trace",
     ):
         assert word in done.stdout

@@ -19,7 +19,7 @@ from trionic.config import (
     DEFAULT_PORT,
     CardConfig,
     ServeConfig,
-    check_sockets,
+    check_files,
     derive_mac,
     load_config,
     parse_bar2_size,
@@ -96,6 +96,13 @@ class _Parsed(click.ParamType[Any]):
     help="Which card it is, as NAME or NAME:key=value,...; see below.",
 )
 @click.option(
+    *("-r", "--record", "records"),
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    multiple=True,
+    help="Write down each access to the card's registers; one for each --socket.  [default: none]",
+)
+@click.option(
     "--no-offloads",
     is_flag=True,
     help="Leave checksums and segmentation to the guest.",
@@ -165,6 +172,7 @@ def serve(
     mtu: int | None,
     bar2_size: int,
     profile: Profile,
+    records: tuple[Path, ...],
     no_offloads: bool,
     no_msix: bool,
     revocation: str,
@@ -222,6 +230,21 @@ def serve(
                    SIGBUS: a guest that touches the memory while it switches it
                    off ends its QEMU. Switching copies what was written.
 
+    With --record FILE each access to the card's registers is written into FILE as it comes, a line each. So
+    who writes a driver, or wonders what one does, sees what it did up to the moment when it went wrong:
+
+    \b
+      r2 common.num_queues = 3           2 bytes read; they were 3
+      w1 common.device_status 0x0f       1 byte written
+      w4 common.queue_desc+4 0x1         the upper half of a register
+      r1 device+0x6 = 1                  device configuration, at byte 6
+      w2 notify+0x1000 1                 a doorbell: 0x1000 a queue
+      w2 lm+0x20 0xff                    BAR 4: ring state, dirty-page log
+      # reset: the client is gone, ...   what is no access stands behind a #
+    Registers have their names of virtio 1.3, 4.1.4.3. FILE is made anew, and gets 16 MiB at most. Not in it
+    are configuration space, on-card memory, and what the card does by itself. While it is recorded every
+    doorbell comes as a write; else clients may ring them by eventfd.
+
     \b
     Examples:
       trionic serve --socket /tmp/card.sock
@@ -229,6 +252,7 @@ def serve(
       trionic serve --config cards.toml
       trionic serve -s /tmp/card.sock --release 30
       trionic serve -s /tmp/card.sock --profile c5000x:vectors=shared
+      trionic serve -s /tmp/card.sock --record driver.trace
       trionic serve --engine libvfio-user --limits
 
     \b
@@ -243,6 +267,7 @@ def serve(
       msix = true
       revocation = "cooperative"
       profile = "n3000"
+      record = "/tmp/a.trace"      # none if left out
     """
     every = CardConfig(
         Path(),
@@ -264,7 +289,7 @@ def serve(
         try:
             given = [] if fd is None else [opened.enter_context(Listener.inherited(fd))]
             sockets = sockets or tuple(listener.path for listener in given)
-            settings = _settings(sockets, ports, macs, every, chosen, config)
+            settings = _settings(sockets, ports, macs, records, every, chosen, config)
             settings = replace(
                 settings,
                 poll_us=settings.poll_us if poll_us is None else poll_us,
@@ -315,13 +340,14 @@ def _settings(
     sockets: tuple[Path, ...],
     ports: tuple[str, ...],
     macs: tuple[bytes, ...],
+    records: tuple[Path, ...],
     every: CardConfig,
     engine: EngineConfig,
     config: Path | None,
 ) -> ServeConfig:
     """The cards of the command line, each like ``every``, or those of the file."""
     if config is not None:
-        if sockets or ports or macs or every != CardConfig(Path()) or engine != NATIVE:
+        if sockets or ports or macs or records or every != CardConfig(Path()) or engine != NATIVE:
             raise ConfigError(
                 "--config says which cards there are and who serves them; leave out the other options"
             )
@@ -330,16 +356,18 @@ def _settings(
         raise ConfigError("no card to serve; give --socket PATH, or --config FILE with [[card]] tables")
     _need_one_each("--port", ports, sockets)
     _need_one_each("--mac", macs, sockets)
+    _need_one_each("--record", records, sockets)
     cards = tuple(
         replace(
             every,
             socket=socket,
             port=ports[number] if ports else DEFAULT_PORT,
             mac=macs[number] if macs else None,
+            record=records[number] if records else None,
         )
         for number, socket in enumerate(sockets)
     )
-    return ServeConfig(check_sockets(cards, "--socket"), engine=engine)
+    return ServeConfig(check_files(cards, "command line"), engine=engine)
 
 
 def _need_one_each(option: str, values: tuple[object, ...], sockets: tuple[Path, ...]) -> None:
