@@ -37,12 +37,22 @@ class Scenario:
     flags: str
     offloads: bool
 
+    @property
+    def switch(self) -> str:
+        """Whether that work is left to the card, as ethtool says it."""
+        return "on" if self.offloads else "off"
+
+    @property
+    def work(self) -> str:
+        """What a sender does or leaves to its card, for ``ethtool -K``."""
+        return " ".join(f"{kind} {self.switch}" for kind in ("tx", "tso", "gso"))
+
 
 SCENARIOS = [
     Scenario("send", "guest to host, checksum and segmentation offloaded", "", True),
     Scenario("receive", "host to guest, the same", "-R", True),
     Scenario("send-plain", "guest to host, every packet made by the guest", "", False),
-    Scenario("receive-plain", "host to guest, the same", "-R", False),
+    Scenario("receive-plain", "host to guest, every packet made by the host", "-R", False),
 ]
 
 
@@ -127,25 +137,26 @@ class Plan:
         return [VIRTIO_PCI, *self.drivers]
 
     @property
-    def transfers(self) -> int:
-        """How many there are."""
-        return len(self.cards) * self.rounds * len(self.scenarios)
+    def transfers_each(self) -> int:
+        """How many a scenario has."""
+        return len(self.cards) * self.rounds
 
     def script(self) -> str:
         """Transfers one after the other, each round beginning with another card."""
         lines = [line for number, driver in enumerate(self.cards) for line in _setup(number, driver)]
         numbers = range(len(self.cards))
         for scenario in self.scenarios:
-            switch = "on" if scenario.offloads else "off"
-            work = " ".join(f"{kind} {switch}" for kind in ("tx", "tso", "gso", "gro"))
-            lines += [f"ethtool -K $dev{number} {work} || true" for number in numbers]
+            lines += [f"tell scenario {scenario.name}", "await_host > /dev/null"]
+            lines += [
+                f"ethtool -K $dev{number} {scenario.work} gro {scenario.switch} || true" for number in numbers
+            ]
             for turn in range(self.rounds):
                 first = turn % len(numbers)
                 for number in [*numbers[first:], *numbers[:first]]:
                     length = f"-t {self.seconds:g}"
                     lines += [
                         f"iperf3 -c {_subnet(number)}.1 {length} {scenario.flags} -J > /tmp/report",
-                        f"tell result {scenario.name} {number} $(grep -A12 sum_received /tmp/report"
+                        f"tell result {number} $(grep -A12 sum_received /tmp/report"
                         " | sed -n 's/.*bits_per_second[^0-9]*\\([0-9.e+]*\\).*/\\1/p' | head -n 1)",
                     ]
         return "\n".join(lines)
@@ -195,13 +206,18 @@ async def measure(plan: Plan, command: str, console: Console) -> list[Outcome]:
                     network=networks[0],
                     taps=taken,
                     smp=plan.cpus,
-                    deadline=BOOT_SECONDS + plan.transfers * (plan.seconds + 3),
+                    deadline=BOOT_SECONDS + len(plan.scenarios) * plan.transfers_each * (plan.seconds + 3),
                 )
             )
-            for number in range(plan.transfers):
-                console.print(f"transfer {number + 1} of {plan.transfers}", end="\r")
-                name, card, speed = (await guest.expect("result")).split()
-                seen.setdefault((name, int(card)), []).append(float(speed) / 1e9)
+            for scenario in plan.scenarios:
+                await guest.expect("scenario")
+                for network in networks:
+                    await network.run(root, "ethtool", "-K", network.tap, *scenario.work.split())
+                guest.say()
+                for number in range(plan.transfers_each):
+                    console.print(f"{scenario.name} {number + 1} of {plan.transfers_each}   ", end="\r")
+                    card, speed = (await guest.expect("result")).split()
+                    seen.setdefault((scenario.name, int(card)), []).append(float(speed) / 1e9)
             await guest.wait()
     return [
         _outcome(scenario, driver, plan.against, seen[scenario.name, number], seen[scenario.name, 0])
