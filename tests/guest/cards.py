@@ -10,6 +10,7 @@ from typing import Any
 
 import trio
 
+from device.profiles import Profile
 from device.virtio.net import LinkStatus
 from firmware import Nic
 from firmware.ports import open_port
@@ -37,12 +38,22 @@ class ServedCard:
 
 @asynccontextmanager
 async def serve_cards(
-    folder: Path, ports: Sequence[str], engine: EngineConfig = NATIVE, **options: Any
+    folder: Path,
+    ports: Sequence[str],
+    engine: EngineConfig = NATIVE,
+    *,
+    profiles: Sequence[Profile] = (),
+    **options: Any,
 ) -> AsyncIterator[list[ServedCard]]:
-    """Serve a card on each of `ports` at sockets in `folder`; `options` are those of `Nic`."""
+    """Serve a card on each of `ports` at sockets in `folder`; `options` are those of `Nic`.
+
+    `profiles` are one for each card, if given.
+    """
     serve = open_engine(engine)
     cards = []
     for number, spec in enumerate(ports):
+        if profiles:
+            options["profile"] = profiles[number]
         mac = MAC % number
         nic = Nic(open_port(spec), name=f"card{number}", mac=bytes.fromhex(mac.replace(":", "")), **options)
         cards.append(ServedCard(nic, folder / f"card{number}.sock", mac))

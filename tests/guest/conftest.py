@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Protocol
@@ -23,9 +23,6 @@ from tests.peers.libvfio_user import LibvfioUser
 from trionic.engines import NATIVE, Engine, EngineConfig
 
 _HERE = Path(__file__).parent
-# What QEMU says to a card without the ERR interrupt (Limit.ERR_AND_REQ).
-_WARNINGS = ["Could not enable error recovery for the device"]
-
 _FIRST_USE_TIMEOUT = 600  # the first guest test of a fresh checkout downloads the rig
 
 
@@ -41,6 +38,13 @@ def _cannot(reason: RigError) -> NoReturn:
     if os.environ.get("CI", "").lower() == "true":
         pytest.fail(f"with CI=true no guest test is skipped, yet: {reason}", pytrace=False)
     pytest.skip(str(reason))
+
+
+def qemu_warnings(engine: EngineConfig) -> list[str]:
+    """What QEMU has to say to any card of this engine."""
+    if engine.engine is Engine.NATIVE:
+        return []
+    return ["Could not enable error recovery for the device"]  # without the ERR interrupt: Limit.ERR_AND_REQ
 
 
 class Booting:
@@ -100,7 +104,7 @@ def boot_guest(guest_root: Root, engine: EngineConfig) -> BootGuest:
     """Boot a guest in one line: ``result = await boot_guest("lspci", [socket])``, or ``async with`` to steer
     it.
     """
-    expected = _WARNINGS if engine.engine is Engine.LIBVFIO_USER else []
+    expected = qemu_warnings(engine)
 
     def start(
         script: str,
@@ -116,22 +120,25 @@ def boot_guest(guest_root: Root, engine: EngineConfig) -> BootGuest:
     return start
 
 
+@contextmanager
+def networks() -> Iterator[Callable[..., Network]]:
+    """Make networks with the arguments of `tests.guest.Network`; the block's end takes them down."""
+    with ExitStack() as made:
+
+        def make(**options: Any) -> Network:
+            try:
+                return made.enter_context(Network(**options))
+            except RigError as missing:
+                _cannot(missing)
+
+        yield make
+
+
 @pytest.fixture
 def make_network() -> Iterator[Callable[..., Network]]:
-    """Make networks with the arguments of `tests.guest.Network`; the test's end takes them down."""
-    made: list[Network] = []
-
-    def make(**options: Any) -> Network:
-        try:
-            network = Network(**options).__enter__()
-        except RigError as missing:
-            _cannot(missing)
-        made.append(network)
-        return network
-
-    yield make
-    for network in reversed(made):
-        network.__exit__(None, None, None)
+    """`networks` up to the test's end."""
+    with networks() as make:
+        yield make
 
 
 @pytest.fixture
@@ -153,13 +160,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("engine", engines, ids=[engine.value for engine in engines], indirect=True)
 
 
+def engine_config(engine: Engine, request: pytest.FixtureRequest) -> EngineConfig:
+    """An engine that can be used: libvfio-user is built for the first who asks."""
+    if engine is Engine.NATIVE:
+        return NATIVE
+    built: LibvfioUser = request.getfixturevalue("libvfio_user")
+    return EngineConfig(engine, built.library)
+
+
 @pytest.fixture
 def engine(request: pytest.FixtureRequest) -> EngineConfig:
     """Who serves the cards."""
-    if getattr(request, "param", Engine.NATIVE) is Engine.NATIVE:
-        return NATIVE
-    built: LibvfioUser = request.getfixturevalue("libvfio_user")
-    return EngineConfig(Engine.LIBVFIO_USER, built.library)
+    return engine_config(getattr(request, "param", Engine.NATIVE), request)
 
 
 @pytest.fixture

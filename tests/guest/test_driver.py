@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import re
 
-import trio
-
 from tests.guest import Network, Root
 from tests.guest.cards import ServedCard
 from tests.guest.conftest import BootGuest, ServeCards
+from tests.guest.driver_steps import (
+    LINK,
+    MTU,
+    PASSES,
+    RECEIVE_MODES,
+    follow_receive_modes,
+    mtu_was_taken,
+    switch_link,
+)
 from tests.guest.test_traffic import UP
 
 
@@ -37,83 +44,26 @@ async def test_the_mtu_can_change_up_to_the_cards(
     boot_guest: BootGuest, serve_cards: ServeCards, network: Network, guest_root: Root
 ) -> None:
     spec = f"tap:name={network.tap},netns={network.path},mtu=9000"
-    script = f"""{UP}
-    cat /sys/class/net/$dev/mtu
-    ping -c 1 -M do -s 8972 10.77.0.1
-    ip link set $dev mtu 1280
-    if ping -c 1 -W 1 -M do -s 1300 10.77.0.1; then exit 9; fi
-    ping -c 1 -M do -s 1252 10.77.0.1
-    ip link set $dev mtu 9000
-    if ip link set $dev mtu 9001; then exit 9; fi
-    """
     async with serve_cards(spec) as (card,):
-        result = await boot_guest(script, [card.socket])
-    assert "9000\n" in result.output
-    assert result.output.count("1 received, 0% packet loss") == 2
+        result = await boot_guest(UP + MTU, [card.socket])
+    assert mtu_was_taken(result.output)
 
 
 async def test_the_guest_sees_the_link_go_down_and_up_with_the_host_device(
     boot_guest: BootGuest, card: ServedCard, network: Network, guest_root: Root
 ) -> None:
-    script = f"""{UP}
-    wait_for 5 grep -q 1 /sys/class/net/$dev/carrier
-    tell up; await_host
-    wait_for 5 grep -q 0 /sys/class/net/$dev/carrier
-    ip link show $dev; tell down; await_host
-    wait_for 5 grep -q 1 /sys/class/net/$dev/carrier
-    ping -c 2 -i 0.2 10.77.0.1
-    """
-    async with boot_guest(script, [card.socket]) as guest:
-        await guest.expect("up")
-        await network.run(guest_root, "ip", "link", "set", network.tap, "down")
-        guest.say()
-        await guest.expect("down")
-        assert not card.link_is_up
-        await network.run(guest_root, "ip", "link", "set", network.tap, "up")
-        guest.say()
+    async with boot_guest(UP + LINK, [card.socket]) as guest:
+        await switch_link(guest, card, network, guest_root)
         result = await guest.wait()
     assert "NO-CARRIER" in result.output
     assert "2 received, 0% packet loss" in result.output
 
 
 async def test_promiscuous_and_multicast_modes_reach_the_card(
-    boot_guest: BootGuest, card: ServedCard, network: Network, guest_root: Root
+    boot_guest: BootGuest, card: ServedCard
 ) -> None:
-    script = f"""{UP}
-    tell plain; await_host
-    ip link set $dev promisc on; tell promisc; await_host
-    ip link set $dev promisc off allmulticast on; tell allmulti; await_host
-    ip link set $dev allmulticast off
-    ip maddr add 01:00:5e:01:02:03 dev $dev; tell group; await_host
-    ip maddr del 01:00:5e:01:02:03 dev $dev; tell none; await_host
-    ip link set $dev address 52:54:00:aa:bb:cc; tell address; await_host
-    """
-    own, other = bytes.fromhex(card.mac.replace(":", "")), bytes.fromhex("525400ffffff")
-    changed, group = bytes.fromhex("525400aabbcc"), bytes.fromhex("01005e010203")
-    seen: dict[str, list[bool]] = {}
-    async with boot_guest(script, [card.socket]) as guest:
-        for phase in ("plain", "promisc", "allmulti", "group", "none", "address"):
-            await guest.expect(phase)
-            accepted = card.nic.filter.accept
-            # Linux changes receive modes from a work queue, after the command has returned.
-            expected = EXPECTED[phase]
-            with trio.move_on_after(5):
-                while [accepted(mac) for mac in (own, other, group, changed)] != expected:  # noqa: ASYNC110
-                    await trio.sleep(0.01)
-            seen[phase] = [accepted(mac) for mac in (own, other, group, changed)]
-            guest.say()
-    assert seen == EXPECTED
-
-
-# Whether a frame passes that is for: the first own address, somebody else, the group, the second own address.
-EXPECTED = {
-    "plain": [True, False, False, False],
-    "promisc": [True, True, True, True],
-    "allmulti": [True, False, True, False],
-    "group": [True, False, True, False],
-    "none": [True, False, False, False],
-    "address": [False, False, False, True],
-}
+    async with boot_guest(UP + RECEIVE_MODES, [card.socket]) as guest:
+        assert await follow_receive_modes(guest, card) == PASSES
 
 
 async def test_frames_for_others_stay_away_unless_the_guest_is_promiscuous(
