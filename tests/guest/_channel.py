@@ -49,10 +49,26 @@ class ScriptOutput(Transcript):
     def __init__(self) -> None:
         super().__init__(self._look)
         self.complete = trio.Event()
+        self._grown = trio.Event()
+        self._given = 0  # of the text, by `until`
 
     def _look(self, tail: str) -> None:
         if _END.search(tail):
             self.complete.set()
+        self._grown.set()
+        self._grown = trio.Event()
+
+    async def until(self, words: str) -> str:
+        """Wait for the next `words` and give the text before them, behind what was given before.
+
+        Raises EOFError when the script ends without them.
+        """
+        while (end := self.text.find(words, self._given)) < 0:
+            if self.complete.is_set():
+                raise EOFError(words)
+            await self._grown.wait()
+        start, self._given = self._given, end + len(words)
+        return self.text[start:end]
 
     @property
     def script_text(self) -> str:

@@ -94,6 +94,15 @@ class Guest:
         """Give this line to the script's next ``await_host``, whether or not it waits already."""
         self._channel.say(line)
 
+    async def printed(self, words: str) -> str:
+        """Wait until the script has printed these words, and return what it printed before them, since the
+        last time; a script that ends without them is a failure.
+        """
+        try:
+            return await self._output.until(words)
+        except EOFError:
+            raise self._failed(f"the script ended without printing {words!r}") from None
+
     async def qmp(self, command: str, **arguments: Any) -> Any:
         """Run a monitor command: ``await guest.qmp("device_del", id="card0")``; QmpError if it fails."""
         return await self._qmp.execute(command, **arguments)

@@ -153,6 +153,22 @@ async def test_expecting_what_never_comes_is_a_failure(boot_guest: BootGuest) ->
         assert (await guest.wait(check=False)).status == 5
 
 
+async def test_a_program_is_steered_by_what_it_prints(boot_guest: BootGuest) -> None:
+    script = """
+        mkfifo /tmp/lines
+        cat < /tmp/lines & exec 3> /tmp/lines
+        while line=$(await_host); [ "$line" ]; do echo "$line; done" >&3; done
+        exec 3>&-; wait
+    """
+    async with boot_guest(script) as guest:
+        for line in ("one", "two"):
+            guest.say(line)
+            assert (await guest.printed("; done\n")) == line
+        guest.say("")
+        with pytest.raises(GuestError, match="the script ended without printing 'three'"):
+            await guest.printed("three")
+
+
 async def test_the_monitor_answers_and_tells_events(boot_guest: BootGuest) -> None:
     async with boot_guest("tell up; await_host; sleep 0.1") as guest:
         await guest.expect("up")
