@@ -15,7 +15,7 @@ from tests.guest.vdpa.kernel_log import KERNEL_ARGS, complaints
 from tests.guest.vdpa.parents import PARENTS, Parent
 
 
-@pytest.fixture(params=PARENTS, ids=str)
+@pytest.fixture(scope="module", params=PARENTS, ids=str)
 def parent(request: pytest.FixtureRequest) -> Parent:
     """Each parent in turn."""
     found: Parent = request.param
