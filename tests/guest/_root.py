@@ -24,8 +24,8 @@ from tests.guest._packages import PackageTree, program_command
 from tests.peers.cache import PeerError, cache_root, cached
 from tests.peers.debian import run
 
-_SUITE = "trixie"
-_QEMU_SUITE = f"{_SUITE}-backports"
+SUITE = "trixie"
+_QEMU_SUITE = f"{SUITE}-backports"
 _QEMU_PACKAGES = [arch.qemu_package for arch in ARCHES]
 _TOOL_PACKAGES = [
     "busybox-static",
@@ -105,12 +105,13 @@ class Root:
         return {"QEMU_MODULE_DIR": str(self.host / "usr/lib" / HOST.triplet / "qemu")}
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Tell of what takes a while."""
     sys.stderr.write(f"guest rig: {line}\n")
     sys.stderr.flush()
 
 
-def _sweep(name: str, work: Path) -> None:
+def sweep(name: str, work: Path) -> None:
     """Remove what killed runs left half made, and what nobody used for a week.
 
     The caller holds the lock of `name`, so nobody else is at work there.
@@ -126,18 +127,18 @@ def _make_tree(work: Path, arch: Arch, host: Path | None) -> None:
     """Fill ``work/tree`` with the packages of a guest; where no `host` has them already, with QEMU and the
     modules of `MODULES` too.
     """
-    _sweep("guest-root", work)
+    sweep("guest-root", work)
     started = time.monotonic()
-    _say(f"fetching Debian's package lists for {arch.debian}")
+    say(f"fetching Debian's package lists for {arch.debian}")
     apt = work / "apt"
-    packages = PackageTree(apt, [_SUITE] if host else [_SUITE, _QEMU_SUITE], arch.debian)
+    packages = PackageTree(apt, [SUITE] if host else [SUITE, _QEMU_SUITE], arch.debian)
     kernel = packages.dependency(f"linux-image-{arch.kernel}", _KERNEL_PACKAGE + arch.kernel)
-    _say(f"downloading {kernel} and {'the tools (some 100 MB)' if host else 'tools and QEMU (some 150 MB)'}")
+    say(f"downloading {kernel} and {'the tools (some 100 MB)' if host else 'tools and QEMU (some 150 MB)'}")
     if host is None:
         packages.download(*_QEMU_PACKAGES, release=_QEMU_SUITE)
-    packages.download(*_TOOL_PACKAGES, release=_SUITE)
+    packages.download(*_TOOL_PACKAGES, release=SUITE)
     packages.download_alone(kernel)
-    _say("unpacking")
+    say("unpacking")
     tree = work / "tree"
     versions = {}
     for stem in packages.unpack(tree):
@@ -152,11 +153,11 @@ def _make_tree(work: Path, arch: Arch, host: Path | None) -> None:
     release = kernel.removeprefix("linux-image-")
     _unpack_kernel(tree, release, host or tree)
     if host is None:
-        _say(f"building {' and '.join(MODULES)} from {SOURCE_PACKAGE} (some 200 MB with a compiler)")
-        build_modules(work / "modules", _SUITE, release, modules_directory(tree) / "updates")
+        say(f"building {' and '.join(MODULES)} from {SOURCE_PACKAGE} (some 200 MB with a compiler)")
+        build_modules(work / "modules", SUITE, release, modules_directory(tree) / "updates")
     run([*program_command(host or tree, "depmod"), "-b", tree, release])
     (work / "versions.json").write_text(json.dumps(versions, indent=1), encoding="utf-8")
-    _say(f"{kernel} is ready after {time.monotonic() - started:.1f} s")
+    say(f"{kernel} is ready after {time.monotonic() - started:.1f} s")
 
 
 def _check_qemu(tree: Path) -> None:
@@ -189,27 +190,27 @@ def _cached_tree(arch: Arch, host: Path | None) -> Path:
     packages = [*_TOOL_PACKAGES, _KERNEL_PACKAGE + arch.kernel]
     if host is None:
         packages += [_QEMU_SUITE, *_QEMU_PACKAGES, SOURCE_PACKAGE, *MODULES]
-    recipe = [_SUITE, arch.debian, *packages, *_UNWANTED, str(_LAYOUT)]
-    return _used(cached("guest-root", "\n".join(recipe), lambda work: _make_tree(work, arch, host)))
+    recipe = [SUITE, arch.debian, *packages, *_UNWANTED, str(_LAYOUT)]
+    return used(cached("guest-root", "\n".join(recipe), lambda work: _make_tree(work, arch, host)))
 
 
 def _cached_image(arch: Arch, made: Path, host: Path) -> Path:
     """The directory with the initramfs made from the cached tree `made`."""
 
     def make(work: Path) -> None:
-        _sweep("guest-image", work)
-        _say(f"making the initramfs of {arch.debian} guests")
+        sweep("guest-image", work)
+        say(f"making the initramfs of {arch.debian} guests")
         stage = work / "stage"  # here, so that a killed run leaves it where the next one sweeps
         with (work / "initramfs.cpio").open("wb") as out:
             write_initramfs(out, stage, arch, made / "tree", host, _IMAGE_FILES)
         shutil.rmtree(stage)
         size = (work / "initramfs.cpio").stat().st_size
-        _say(f"the initramfs is ready: {size / 1e6:.0f} MB")
+        say(f"the initramfs is ready: {size / 1e6:.0f} MB")
 
-    return _used(cached("guest-image", f"{made.name}\n{_digest([_IMAGE_FILES, *_IMAGE_MAKERS])}", make))
+    return used(cached("guest-image", f"{made.name}\n{_digest([_IMAGE_FILES, *_IMAGE_MAKERS])}", make))
 
 
-def _used(made: Path) -> Path:
+def used(made: Path) -> Path:
     """The same; nobody sweeps it away for a week, nor do we while we make the next thing from it."""
     with suppress(PermissionError):  # somebody else's cache: theirs to keep alive
         os.utime(made)
