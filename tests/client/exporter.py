@@ -12,7 +12,8 @@ import trio
 
 import client
 from client.dmabuf import Attachment, BarExport, DmaBufError, exported_bar
-from tests.client.peer import FEATURE, REGION_WRITE, RESET, FakeRegion, Message, Peer, open_fds, session_with
+from tests.client.peer import FEATURE, REGION_WRITE, RESET, FakeRegion, Message, Peer, session_with
+from tests.descriptors import open_fds, settled_fds
 
 PAGE = 4096
 BAR = 4
@@ -144,12 +145,12 @@ async def session_of(
 @asynccontextmanager
 async def a_session() -> AsyncIterator[tuple[client.Session, FakeExporter]]:
     """A session with a server that exports a file of the right size; no descriptor is left."""
-    before = open_fds()
+    before = settled_fds()
     with file() as fd:
         server = FakeExporter([fd])
         async with session_of(server) as session:
             yield session, server
-    assert open_fds() <= before
+    assert open_fds() == before
 
 
 @asynccontextmanager

@@ -10,7 +10,6 @@ import struct
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import trio
 
@@ -197,8 +196,3 @@ async def session_with(
                 yield session, peer
     finally:
         theirs.close()
-
-
-def open_fds() -> set[str]:
-    """The descriptors of this process; for tests that none leaks."""
-    return {entry.name for entry in Path("/proc/self/fd").iterdir()}

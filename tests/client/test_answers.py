@@ -31,9 +31,9 @@ from tests.client.peer import (
     RESET,
     TWIN,
     Peer,
-    open_fds,
     session_with,
 )
+from tests.descriptors import open_fds, settled_fds
 
 
 def place(address: int, count: int) -> bytes:
@@ -279,7 +279,7 @@ async def test_a_server_that_reads_no_answers_on_the_twin_socket_is_left() -> No
 
 
 async def test_nothing_of_a_twin_socket_is_left_open() -> None:
-    before = open_fds()
+    before = settled_fds()
     async with twins():
         pass
     assert open_fds() == before
@@ -287,7 +287,7 @@ async def test_nothing_of_a_twin_socket_is_left_open() -> None:
 
 @pytest.mark.parametrize("kind", ["file", "datagram", "inet", "none"])
 async def test_a_twin_socket_that_is_none_is_refused(kind: str) -> None:
-    before = open_fds()
+    before = settled_fds()
     other: IO[str] | socket.socket
     match kind:
         case "file":

@@ -11,16 +11,8 @@ import trio
 import client
 from protocol.limits import FIRST_ARGSZ, MAX_REGIONS
 from protocol.vfio import RegionFlags
-from tests.client.peer import (
-    GET_INFO,
-    REGION_INFO,
-    REPLY,
-    VERSION,
-    FakeRegion,
-    Peer,
-    open_fds,
-    session_with,
-)
+from tests.client.peer import GET_INFO, REGION_INFO, REPLY, VERSION, FakeRegion, Peer, session_with
+from tests.descriptors import open_fds, settled_fds
 
 
 def sparse(*areas: tuple[int, int]) -> bytes:
@@ -105,7 +97,7 @@ async def test_a_listener_is_connected_to(tmp_path: Path) -> None:
 
 
 async def test_what_the_device_has_is_asked_for() -> None:
-    memory = open_fds()
+    memory = settled_fds()
     fd = socket.socket(socket.AF_UNIX).detach()
     regions = {
         0: FakeRegion(0x4000),
@@ -128,7 +120,7 @@ async def test_what_the_device_has_is_asked_for() -> None:
 
 async def test_a_long_description_is_asked_for_again_with_more_room() -> None:
     fd = socket.socket(socket.AF_UNIX).detach()
-    before = open_fds()
+    before = settled_fds()
     areas = [(index * 0x2000, 0x1000) for index in range(100)]
     assert len(sparse(*areas)) > FIRST_ARGSZ
     async with session_with(regions={0: FakeRegion(0x100000, 7, sparse(*areas), (fd,))}) as (session, _):
@@ -188,7 +180,7 @@ async def test_a_region_that_the_server_refuses_is_absent() -> None:
     ],
 )
 async def test_nonsense_about_the_device_is_refused(what: str, answers: list[tuple[int, bytes, int]]) -> None:
-    before = open_fds()
+    before = settled_fds()
     with pytest.raises(client.BadReplyError):
         await negotiated_with(*answers)
     assert open_fds() == before

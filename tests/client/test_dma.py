@@ -16,7 +16,8 @@ from protocol import LocalProtocolError
 from protocol.limits import MAX_DMA_PAGE
 from protocol.messages import DmaUnmap
 from protocol.vfio import DmaUnmapFlags
-from tests.client.peer import DMA_MAP, DMA_UNMAP, Peer, open_fds, session_with
+from tests.client.peer import DMA_MAP, DMA_UNMAP, Peer, session_with
+from tests.descriptors import open_fds, settled_fds
 
 
 async def one_window(peer: Peer) -> tuple[int, int, int]:
@@ -85,7 +86,7 @@ async def test_pieces_are_aligned_zeroed_and_do_not_overlap() -> None:
 
 
 async def test_the_window_is_taken_back_when_the_block_fails_or_is_cancelled() -> None:
-    before = open_fds()
+    before = settled_fds()
     async with session_with() as (session, peer), trio.open_nursery() as nursery:
 
         async def serve() -> None:

@@ -34,7 +34,8 @@ from tests.client.exporter import (
     session_of,
     switch_memory,
 )
-from tests.client.peer import FEATURE, FakeRegion, open_fds, session_with
+from tests.client.peer import FEATURE, FakeRegion, session_with
+from tests.descriptors import open_fds, settled_fds
 
 # --- what is asked for, and what comes
 
@@ -143,7 +144,7 @@ def said(index: int, *ranges: tuple[int, int]) -> bytes:
 async def test_an_answer_that_makes_no_sense_leaves_no_descriptor(
     fds: int, size: int, data: bytes | None, cut: int
 ) -> None:
-    before = open_fds()
+    before = settled_fds()
     with file(size) as fd:
         async with session_of(FakeExporter([fd] * fds, data, cut=cut)) as session:
             held = open_fds()
@@ -151,7 +152,7 @@ async def test_an_answer_that_makes_no_sense_leaves_no_descriptor(
                 await export_bar(session, BAR)
             assert open_fds() == held
             assert session.decoding._followers == []
-    assert open_fds() <= before
+    assert open_fds() == before
 
 
 async def test_a_range_beyond_the_end_of_any_file_is_not_believed() -> None:
@@ -165,7 +166,7 @@ async def test_a_range_beyond_the_end_of_any_file_is_not_believed() -> None:
 async def test_no_descriptor_is_left_when_nobody_waits_for_the_answer() -> None:
     with file() as fd:
         async with session_with(regions=REGIONS) as (session, peer), trio.open_nursery() as nursery:
-            before = open_fds()
+            before = settled_fds()
             with trio.CancelScope() as scope:
                 nursery.start_soon(export_bar, session, BAR)
                 asked = await peer.expect(FEATURE)
@@ -180,7 +181,7 @@ async def test_no_descriptor_is_left_when_nobody_waits_for_the_answer() -> None:
 
 async def test_a_feature_that_is_got_as_bytes_leaves_no_descriptor() -> None:
     async with a_session() as (session, _):
-        before = open_fds()
+        before = settled_fds()
         data = said(BAR, (0, SIZE))
         assert await session.feature_get(Feature.DMA_BUF, data, room=len(data)) == data
         assert open_fds() == before
@@ -189,7 +190,7 @@ async def test_a_feature_that_is_got_as_bytes_leaves_no_descriptor() -> None:
 async def test_a_descriptor_with_another_feature_makes_no_sense() -> None:
     with file() as fd:
         async with session_with(regions=REGIONS) as (session, peer), trio.open_nursery() as nursery:
-            before = open_fds()
+            before = settled_fds()
 
             async def answer() -> None:
                 asked = await peer.expect(FEATURE)

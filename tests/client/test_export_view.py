@@ -28,8 +28,9 @@ from tests.client.exporter import (
     session_of,
     switch_memory,
 )
-from tests.client.peer import FakeRegion, open_fds
+from tests.client.peer import FakeRegion
 from tests.conformance.served import served_card
+from tests.descriptors import open_fds, settled_fds
 
 ONES = b"\xff"
 
@@ -108,12 +109,12 @@ async def test_a_bar_that_begins_within_a_page_of_its_file_cannot_be_mapped(offs
             session_of(FakeExporter([fd]), {BAR: FakeRegion(PAGE, offset=offset)}) as session,
             exported_bar(session, BAR) as export,
         ):
-            before = open_fds()
+            before = settled_fds()
             with pytest.raises(DmaBufError) as refusal:
                 ExportView(export)
             assert refusal.value.errno == EINVAL
             assert (export.maps, export.importers) == (0, ())
-            assert open_fds() <= before
+            assert open_fds() == before
 
 
 async def test_a_file_that_may_not_be_written_cannot_be_mapped() -> None:
@@ -218,8 +219,8 @@ async def test_an_export_made_before_memory_is_on_is_mapped_once_it_is(
 async def test_views_and_exports_leave_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "card.sock"
     async with served_card(path), client.connect(path) as session:
-        before = open_fds()
+        before = settled_fds()
         async with exported_bar(session, 2) as export:
             ExportView(export).close()
-        assert open_fds() <= before
+        assert open_fds() == before
         assert session.decoding._followers == []

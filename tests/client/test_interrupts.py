@@ -11,7 +11,8 @@ import trio.testing
 
 import client
 from protocol.vfio import IrqIndex
-from tests.client.peer import SET_IRQS, Message, Peer, open_fds, session_with
+from tests.client.peer import SET_IRQS, Message, Peer, session_with
+from tests.descriptors import open_fds, settled_fds
 
 INTX, MSI, MSIX, ERR, REQ = 0, 1, 2, 3, 4
 NONE, BOOL, EVENTFD, MASK, UNMASK, TRIGGER = 1, 2, 4, 8, 16, 32
@@ -26,7 +27,7 @@ async def irqs(peer: Peer, index: int, flags: int, start: int, count: int) -> Me
 
 
 async def test_vectors_are_wired_in_as_many_messages_as_the_server_needs_and_taken_back() -> None:
-    before = open_fds()
+    before = settled_fds()
     async with session_with(irqs=(1, 32, 20, 1, 1)) as (session, peer), trio.open_nursery() as nursery:
 
         async def serve() -> None:
@@ -175,7 +176,7 @@ async def test_a_server_cannot_make_looking_at_an_interrupt_block() -> None:
 async def test_errors_and_requests_are_heard_beside_everything_else(
     kind: Callable[[client.Session], AbstractAsyncContextManager[client.Interrupt]], index: int
 ) -> None:
-    before = open_fds()
+    before = settled_fds()
     async with session_with() as (session, peer), trio.open_nursery() as nursery:
 
         async def serve() -> None:
@@ -190,7 +191,7 @@ async def test_errors_and_requests_are_heard_beside_everything_else(
         nursery.start_soon(serve)
         async with client.msix(session, 1), kind(session) as interrupt:
             assert await interrupt.wait() == 1
-    assert open_fds() <= before  # what others left may be collected meanwhile
+    assert open_fds() == before
 
 
 async def test_a_device_that_cannot_ask_to_be_let_go_is_told() -> None:

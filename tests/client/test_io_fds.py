@@ -14,7 +14,8 @@ from client._eventfd import is_eventfd
 from protocol import Command
 from protocol.limits import FIRST_ARGSZ, MAX_INFO_SIZE, MAX_QUESTIONS
 from protocol.messages import IoEventFd, IoRegionFd
-from tests.client.peer import IO_FDS, FakeRegion, Message, Peer, open_fds, session_with
+from tests.client.peer import IO_FDS, FakeRegion, Message, Peer, session_with
+from tests.descriptors import open_fds, settled_fds
 
 REGIONS = {0: FakeRegion(0x4000)}
 
@@ -53,7 +54,7 @@ async def answered(entries: list[bytes], nr_fds: int = 1) -> AsyncIterator[clien
 
 
 async def test_parts_of_a_region_come_with_their_descriptors() -> None:
-    before = open_fds()
+    before = settled_fds()
     entries = [entry(0x3000, 2), entry(0x3004, 0, 1), entry(0x100, 4, 1, kind=1, last=77)]
     async with answered(entries, nr_fds=2) as session:
         with await session.io_fds(0) as io_fds:
@@ -96,7 +97,7 @@ async def test_the_eventfd_of_a_write_is_found_as_kvm_finds_it() -> None:
     ids=["beyond", "beyond, empty", "across the end", "wraps", "no such descriptor", "no such kind", "short"],
 )
 async def test_nonsense_is_refused_and_its_descriptors_closed(bad: list[bytes]) -> None:
-    before = open_fds()
+    before = settled_fds()
     async with answered(bad) as session:
         with pytest.raises(client.BadReplyError, match="DEVICE_GET_REGION_IO_FDS"):
             await session.io_fds(0)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from client._pages import MAX_ONES_MAPS, MAX_SIZE, ONES_CHUNK, PAGE, SLOTS, Pages, chunk_for, place
 from tests.client.children import DEVICES_GUARD, died_of_sigbus, lived, ran
-from tests.client.peer import open_fds
+from tests.descriptors import open_fds, settled_fds
 
 POWERS = st.integers(12, 30).map(lambda bits: 1 << bits)
 
@@ -86,14 +86,14 @@ def test_address_space_is_given_back_whatever_was_mapped_and_zapped_in_it() -> N
                     pages.zap(0x10000, 0x2000)
 
         use()
-        before = vm_size(), open_fds()
+        before = vm_size(), settled_fds()
         for _ in range(100):
             use()
         assert (vm_size(), open_fds()) == before
 
 
 def test_pages_that_are_dropped_give_it_back_too() -> None:
-    before = vm_size(), open_fds()
+    before = vm_size(), settled_fds()
     Pages(1 << 24).zap(0, 1 << 24)
     assert (vm_size(), open_fds()) == before
 
@@ -286,7 +286,7 @@ def test_64_gib_are_zapped_with_few_maps_and_little_memory() -> None:
 
 def test_pages_of_the_same_size_share_their_file_of_ones() -> None:
     with pages_of(1 << 20) as one, pages_of(1 << 20) as other:
-        before = len(open_fds())
+        before = len(settled_fds())
         one.zap(0, 1 << 20)
         other.zap(0, 1 << 20)
         assert len(open_fds()) - before <= 1

@@ -30,9 +30,9 @@ from tests.client.peer import (
     SET_IRQS,
     Message,
     Peer,
-    open_fds,
     session_with,
 )
+from tests.descriptors import open_fds, settled_fds
 
 
 def access(message: Message) -> tuple[int, int, int]:
@@ -243,7 +243,7 @@ async def test_descriptors_in_a_late_answer_are_closed() -> None:
         with trio.move_on_after(0.01):
             await session.request(Command.DEVICE_GET_INFO, DeviceInfo(16))
         late = await peer.next()
-        before = open_fds()
+        before = settled_fds()
         spare = os.memfd_create("late")
         peer.reply(late, struct.pack("=IIII", 16, 3, 9, 5), (spare,))
         os.close(spare)
@@ -261,7 +261,7 @@ async def test_descriptors_that_nobody_asked_for_are_closed(command: int) -> Non
             peer.reply(message, message.payload[:16] + b"four" if command == REGION_READ else b"", (spare,))
             os.close(spare)
 
-        before = open_fds()
+        before = settled_fds()
         nursery.start_soon(serve)
         with pytest.raises(client.BadReplyError, match="1 descriptors come along"):
             await (session.reset() if command == RESET else session.region_read(0, 0, 4))
@@ -398,7 +398,7 @@ async def test_a_poster_lets_others_run() -> None:
 async def test_a_descriptor_that_cannot_be_sent_fails_its_request_alone() -> None:
     async with session_with() as (session, peer), trio.open_nursery() as nursery:
         good = os.memfd_create("good")
-        before = open_fds()
+        before = settled_fds()
         flags = IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER
         with pytest.raises(OSError, match="Bad file descriptor"):
             await session.set_irqs(2, flags, 0, 2, fds=(good, -1))
@@ -479,7 +479,7 @@ async def test_a_server_that_breaks_the_protocol_ends_the_session() -> None:
 
 
 async def test_nothing_is_left_open_at_the_end() -> None:
-    before = open_fds()
+    before = settled_fds()
     async with session_with():
         pass
     assert open_fds() == before

@@ -6,7 +6,6 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -28,6 +27,7 @@ from device.function import (
     ResetKind,
 )
 from device.pci.capabilities import Msi, Msix, PciExpress, PowerManagement
+from tests.descriptors import open_fds, settled_fds
 from tests.device.interrupts.listener import Listener, listeners
 
 MIB = 1 << 20
@@ -36,10 +36,6 @@ INTX_DISABLE = 1 << 10
 BUS_MASTER = 1 << 2
 MEMORY = 1 << 1
 CONFIG = RegionIndex.CONFIG
-
-
-def open_fds() -> list[str]:
-    return sorted(path.name for path in Path("/proc/self/fd").iterdir() if path.exists())
 
 
 @contextmanager
@@ -505,7 +501,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
 
 def test_closing_gives_every_fd_back_and_may_be_repeated() -> None:
     with listeners(4) as ears:
-        before = open_fds()
+        before = settled_fds()
         rig = Rig(ears)
         rig.wire_intx()
         rig.function.irq_set_unmask_fd(IrqKind.INTX, ears[1].fd)

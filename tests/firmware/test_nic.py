@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import socket
 import struct
@@ -22,6 +21,7 @@ from device.virtio.transport import Status
 from firmware import Nic
 from firmware.nic import random_mac
 from firmware.ports import Framing, Offload, Port, open_port, quote
+from tests.descriptors import settled_fds
 from tests.firmware.driver import CONFIG_REGION, CONFIG_VECTOR, HEADER, Driver, driver_of
 
 MAC = bytes.fromhex("525400000001")
@@ -630,20 +630,15 @@ async def test_a_card_cancelled_before_it_began_may_run_still(cable: Cable, driv
             nursery.cancel_scope.cancel()
 
 
-def open_descriptors() -> int:
-    gc.collect()  # the worker's two go with the object
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 def test_a_closed_card_has_let_go_of_everything() -> None:
-    before = open_descriptors()
+    before = settled_fds()
     for _ in range(3):
         cable = Cable()
         with driver_of(Nic(cable)) as driver:
             driver.start()
         assert cable.happened[-1] == "closed"
         del cable, driver
-    assert open_descriptors() <= before
+    assert settled_fds() == before  # the worker's two go with the object
 
 
 # --- two cards and a wire

@@ -12,6 +12,7 @@ from device.function import ResetKind
 from protocol import Command
 from protocol.commands import SHAPES, Role
 from server.dispatch import HANDLERS
+from tests.descriptors import open_fds, settled_fds
 from tests.server.raw import (
     BOOL,
     CONFIG,
@@ -39,7 +40,7 @@ from tests.server.raw import (
     dma,
     irqs,
 )
-from tests.server.world import BAR2_SIZE, PAGE, VECTORS, World, open_fds
+from tests.server.world import BAR2_SIZE, PAGE, VECTORS, World
 
 ENTRY = 16  # bytes of an MSI-X table entry
 
@@ -448,7 +449,7 @@ async def test_the_eventfd_that_unmasks_may_be_replaced_and_taken_away(
 ) -> None:
     trigger, first, second = event(), event(), event()
     await client.do(SET_IRQS, irqs(EVENTFD | TRIGGER, INTX, 0, 1), [trigger])
-    before = len(open_fds())
+    before = len(settled_fds())
     await client.do(SET_IRQS, irqs(EVENTFD | UNMASK, INTX, 0, 1), [first])
     await client.do(SET_IRQS, irqs(EVENTFD | UNMASK, INTX, 0, 1), [second])
     served.function.interrupts.intx(True)
@@ -469,7 +470,7 @@ async def test_the_eventfd_that_unmasks_may_be_replaced_and_taken_away(
 
 async def test_disabling_intx_ends_the_watch(served: World, client: RawClient) -> None:
     trigger, resample = event(), event()
-    before = len(open_fds())
+    before = len(settled_fds())
     await client.do(SET_IRQS, irqs(EVENTFD | TRIGGER, INTX, 0, 1), [trigger])
     await client.do(SET_IRQS, irqs(EVENTFD | UNMASK, INTX, 0, 1), [resample])
     await client.do(SET_IRQS, irqs(NONE | TRIGGER, INTX, 0, 0))

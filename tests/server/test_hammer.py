@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from device.function import ResetKind
+from tests.descriptors import open_fds, settled_fds
 from tests.server.raw import (
     DMA_MAP,
     DMA_UNMAP,
@@ -26,7 +27,7 @@ from tests.server.raw import (
     irqs,
     message,
 )
-from tests.server.world import PAGE, World, open_fds, world
+from tests.server.world import PAGE, World, world
 
 CLIENTS = 4
 MESSAGES = 150
@@ -119,7 +120,7 @@ async def read_on(client: RawClient) -> None:
 @pytest.mark.parametrize("seed", range(12))
 async def test_the_card_outlives_its_clients(tmp_path: Path, seed: int) -> None:
     async with world(tmp_path) as served:
-        before = len(open_fds())
+        before = len(settled_fds())
         for number in range(CLIENTS):
             mind = Mind(seed * CLIENTS + number)
             client = await served.client()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from device.dma import DmaWindows
 from server.session import Session
+from tests.descriptors import no_fd_leaks
 from tests.server.guest import Guest
 from tests.server.raw import (
     ERROR,
@@ -22,7 +23,7 @@ from tests.server.raw import (
     access,
     message,
 )
-from tests.server.world import PAGE, Card, no_fd_leaks
+from tests.server.world import PAGE, Card
 
 INFO = struct.pack("=IIII", 16, 0, 0, 0)
 

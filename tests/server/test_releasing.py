@@ -15,8 +15,9 @@ import trio.testing
 
 from server import Listener, Release, serve
 from server.releasing import REPEAT_S
+from tests.descriptors import no_fd_leaks
 from tests.server.raw import EVENTFD, REQ, SET_IRQS, TRIGGER, RawClient, connect, irqs
-from tests.server.world import Card, World, no_fd_leaks, world
+from tests.server.world import Card, World, world
 
 
 @pytest.fixture

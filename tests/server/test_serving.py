@@ -9,8 +9,9 @@ import trio
 
 from device.function import ResetKind
 from server import Release, Session, SocketBusyError, SocketPathError, serve
+from tests.descriptors import no_fd_leaks
 from tests.server.raw import ERR, EVENTFD, GET_INFO, SET_IRQS, TRIGGER, connect, irqs, message
-from tests.server.world import Card, World, no_fd_leaks
+from tests.server.world import Card, World
 
 INFO = b"\x10" + bytes(15)
 

@@ -13,6 +13,7 @@ import trio
 
 from device.function import IrqIndex, ResetKind
 from server import SessionLimits
+from tests.descriptors import open_fds, settled_fds
 from tests.server.raw import (
     CONFIG,
     DMA_MAP,
@@ -35,7 +36,7 @@ from tests.server.raw import (
     message,
     version,
 )
-from tests.server.world import BAR2_SIZE, PAGE, World, open_fds, world
+from tests.server.world import BAR2_SIZE, PAGE, World, world
 
 INFO = struct.pack("=IIII", 16, 0, 0, 0)
 
@@ -243,7 +244,7 @@ async def test_a_client_cannot_fill_the_log(tmp_path: Path, caplog: pytest.LogCa
 
 
 async def test_descriptors_that_nobody_wants_are_closed(served: World, client: RawClient) -> None:
-    before = open_fds()
+    before = settled_fds()
     fd = os.eventfd(0)
     for command, payload in [
         (GET_INFO, INFO),
@@ -255,19 +256,19 @@ async def test_descriptors_that_nobody_wants_are_closed(served: World, client: R
     ]:
         await client.ask(command, payload, [fd])
     os.close(fd)
-    assert open_fds() <= before
+    assert open_fds() == before
 
 
 async def test_more_descriptors_than_were_agreed_on_are_refused_and_closed(
     served: World, client: RawClient
 ) -> None:
-    before = open_fds()
+    before = settled_fds()
     fd = os.eventfd(0)
     for count in (17, 64, 253):
         payload = irqs(EVENTFD | TRIGGER, MSIX, 0, count)
         assert await client.refused(SET_IRQS, payload, [fd] * count) == errno.EINVAL
     os.close(fd)
-    assert open_fds() <= before
+    assert open_fds() == before
 
 
 async def test_descriptors_of_half_a_message_are_closed_when_the_client_leaves(served: World) -> None:

@@ -1,7 +1,7 @@
 """A small real PCI function behind a real server on a real socket."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from device.dma import DmaWindows
 from device.function import Bar, BarKind, Handler, Identity, MemoryBar, PciFunction, ResetKind, Revocation
 from device.pci.capabilities import Msi, Msix, PciExpress, PowerManagement
 from server import SessionLimits, serve
+from tests.descriptors import no_fd_leaks
 from tests.server.raw import RawClient, connect
 
 VECTORS = 4
@@ -92,25 +93,6 @@ class World:
         client = await self.connect()
         (await client.negotiate()).close()
         return client
-
-
-def open_fds() -> set[str]:
-    """The descriptors of this process and what they are."""
-    found = set()
-    for entry in Path("/proc/self/fd").iterdir():
-        try:
-            found.add(f"{entry.name} {entry.readlink()}")
-        except FileNotFoundError:
-            continue  # the one that lists the folder
-    return found
-
-
-@contextmanager
-def no_fd_leaks() -> Iterator[None]:
-    """Fails if there are descriptors afterwards that were not there before."""
-    before = open_fds()
-    yield
-    assert open_fds() <= before
 
 
 @asynccontextmanager

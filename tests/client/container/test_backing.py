@@ -10,7 +10,7 @@ from client.container import ContainerError, PageMemory, open_container
 from client.container.backing import HUGE_PAGE
 from protocol.vfio import DmaMapFlags
 from tests.client.container.believer import Believed, believing, refused
-from tests.client.peer import open_fds
+from tests.descriptors import open_fds, settled_fds
 
 PAGE = 0x1000
 
@@ -37,7 +37,7 @@ async def test_a_file_on_a_disk_is_memory_too(tmp_path: Path) -> None:
 
 
 async def test_memory_stays_as_long_as_it_is_mapped_or_pinned() -> None:
-    before = open_fds()
+    before = settled_fds()
     async with open_container() as container:
         memory = PageMemory.allocate(2 * PAGE)
         memory.view[PAGE : PAGE + 5] = b"hello"
@@ -84,7 +84,7 @@ def test_a_view_may_outlive_the_memory() -> None:
     ],
 )
 def test_memory_is_what_the_file_has(offset: int, length: int, errno: int) -> None:
-    before = open_fds()
+    before = settled_fds()
     with PageMemory.allocate(2 * PAGE) as memory:
         with pytest.raises(ContainerError) as caught:
             PageMemory(memory.fd, offset, length)
@@ -96,7 +96,7 @@ def test_memory_is_what_the_file_has(offset: int, length: int, errno: int) -> No
 
 
 def test_what_is_no_memory_is_refused() -> None:
-    before = open_fds()
+    before = settled_fds()
     fd = os.eventfd(0)
     try:
         with pytest.raises(ContainerError) as caught:
@@ -115,7 +115,7 @@ def huge_pages() -> int:
 
 
 def test_huge_pages_are_taken_where_the_machine_has_them_and_else_refused() -> None:
-    before = open_fds()
+    before = settled_fds()
     if huge_pages():
         with PageMemory.allocate(PAGE, hugetlb=True) as memory:
             assert memory.length == HUGE_PAGE

@@ -25,10 +25,10 @@ from tests.client.peer import (
     FakeRegion,
     Message,
     Peer,
-    open_fds,
     session_with,
 )
 from tests.client.test_connecting import sparse
+from tests.descriptors import open_fds, settled_fds
 
 AUTOMASKED, EDGES = 7, 1
 """What GET_IRQ_INFO says of INTx: as vfio-pci, or as libvfio-user."""
@@ -293,7 +293,7 @@ class Place:
 @contextmanager
 def nothing_left() -> Iterator[Place]:
     """A place for a test that leaves no descriptor, no subscription, no attachment and no level behind."""
-    before = open_fds()
+    before = settled_fds()
     place = Place()
     yield place
     assert len(place.controller.irqchip_change) == len(place.controller.routing_change) == 0

@@ -17,7 +17,7 @@ from client.kvm._ioctl import ioctl
 from client.kvm.vm import IrqchipKind
 from tests.client.irqchip.card import ISR, REGISTERS, Card, Link
 from tests.client.kvm.linked import linked
-from tests.server.world import no_fd_leaks
+from tests.descriptors import no_fd_leaks
 
 pytestmark = pytest.mark.vcpu
 

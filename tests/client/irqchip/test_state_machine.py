@@ -27,7 +27,7 @@ from client.irqchip import NOWHERE, IntxMode, IntxRoute, IrqchipError
 from client.irqchip.userspace import open_ioapic, open_pic
 from tests.client.irqchip.card import Card
 from tests.client.irqchip.machine import Driver, Machine, Socketed
-from tests.client.peer import open_fds
+from tests.descriptors import open_fds
 
 THOROUGH: Final = os.environ.get("CI", "").lower() == "true"
 STORIES: Final = 10_000 if THOROUGH else 500

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from tests.client.irqchip.card import Card, Link
-from tests.server.world import no_fd_leaks
+from tests.descriptors import no_fd_leaks
 
 
 @asynccontextmanager

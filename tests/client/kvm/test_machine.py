@@ -14,7 +14,7 @@ from client.kvm.routing import Chip, IrqchipRoute
 from protocol.vfio import RegionIndex
 from tests.client.irqchip.card import ISR, MEMORY, REGISTERS
 from tests.client.kvm.linked import linked
-from tests.server.world import no_fd_leaks
+from tests.descriptors import no_fd_leaks
 
 pytestmark = pytest.mark.vcpu
 

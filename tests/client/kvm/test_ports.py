@@ -5,7 +5,7 @@ import pytest
 from client.kvm import Vm, open_port_driver
 from client.kvm.errors import GuestError
 from client.kvm.realmode import PIC_INPUTS
-from tests.server.world import no_fd_leaks
+from tests.descriptors import no_fd_leaks
 
 pytestmark = pytest.mark.vcpu
 

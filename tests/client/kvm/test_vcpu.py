@@ -17,7 +17,7 @@ from client.kvm.cpuid import MAX_ENTRIES, CpuidEntry, Registers
 from client.kvm.errors import GuestError
 from client.kvm.routing import MsiRoute
 from client.kvm.vm import IrqchipKind
-from tests.server.world import no_fd_leaks
+from tests.descriptors import no_fd_leaks
 
 pytestmark = pytest.mark.vcpu
 

@@ -14,7 +14,7 @@ from client.kvm._ioctl import ioctl
 from client.kvm.routing import Chip, IrqchipRoute, MsiRoute
 from client.kvm.state import RedirectionEntry
 from client.kvm.vm import MAX_GSI, IrqchipKind
-from tests.server.world import no_fd_leaks
+from tests.descriptors import no_fd_leaks
 
 PAGE = mmap.PAGESIZE
 

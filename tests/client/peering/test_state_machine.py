@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 
 from client.container import Mode, open_container
 from device.revocation import Revocation
-from tests.client.peer import open_fds
 from tests.client.peering.engine import Engine
 from tests.client.peering.processes import lent_areas
 from tests.client.peering.story import STEPS, Do, Side, Step, Story
+from tests.descriptors import open_fds
 
 THOROUGH: Final = os.environ.get("CI", "").lower() == "true"
 STORIES: Final = 200 if THOROUGH else 40

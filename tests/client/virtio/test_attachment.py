@@ -15,9 +15,9 @@ from client.irqchip.processor import Processor, open_processor
 from client.irqchip.userspace import Ioapic, Pic, open_ioapic, open_pic
 from client.virtio import NetDriver, Slot, Wiring, open_net
 from client.virtio.transport import Isr
-from tests.client.peer import open_fds
 from tests.client.virtio.fake_nic import FakeNic, session_with_nic
 from tests.client.virtio.test_moving import movable
+from tests.descriptors import open_fds, settled_fds
 
 GSI = 11
 PIN = 0x3D
@@ -142,7 +142,7 @@ async def test_a_card_that_moves_takes_its_line_along() -> None:
 async def test_a_card_without_an_interrupt_pin_is_refused_and_leaves_nothing() -> None:
     nic = FakeNic()
     nic.config[PIN] = 0
-    before = open_fds()
+    before = settled_fds()
     async with machine() as host:
         with pytest.raises(client.ClientError, match="no interrupt pin"):
             async with plugged_in(nic, host):
@@ -152,7 +152,7 @@ async def test_a_card_without_an_interrupt_pin_is_refused_and_leaves_nothing() -
 
 
 async def test_a_driver_that_ends_leaves_nothing_in_the_irqchip() -> None:
-    before = open_fds()
+    before = settled_fds()
     nic = FakeNic()
     async with machine() as host, session_with_nic(nic) as session:
         with trio.CancelScope() as scope:

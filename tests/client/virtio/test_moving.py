@@ -17,8 +17,8 @@ import client
 from client.migration import MigrationError
 from client.virtio import NetDriver, RxMode, Wiring, open_net
 from tests.client.fake_mover import RUNNING, STOP, FakeMover
-from tests.client.peer import open_fds
 from tests.client.virtio.fake_nic import FakeNic, session_with_nic
+from tests.descriptors import open_fds, settled_fds
 
 WIRINGS = pytest.mark.parametrize("wiring", list(Wiring), ids=lambda wiring: wiring.value)
 
@@ -166,7 +166,7 @@ async def test_a_changed_configuration_is_heard_after_the_move() -> None:
 
 
 async def test_the_old_card_is_let_go_and_the_new_one_at_the_end() -> None:
-    before = open_fds()
+    before = settled_fds()
     async with two_cards() as two:
         await two.driver.migrate_to(two.second)
         assert two.old.msix == {}

@@ -14,7 +14,6 @@ import trio.testing
 
 import client
 from client.virtio import ControlError, Feature, NetDriver, NetHeader, RxMode, Wiring, open_net
-from tests.client.peer import open_fds
 from tests.client.virtio.fake_nic import (
     ACCESS_PLATFORM,
     ALL,
@@ -30,6 +29,7 @@ from tests.client.virtio.fake_nic import (
     FakeNic,
     session_with_nic,
 )
+from tests.descriptors import open_fds, settled_fds
 
 WIRINGS = pytest.mark.parametrize("wiring", list(Wiring), ids=lambda wiring: wiring.value)
 PLAINEST = (VERSION_1,)
@@ -178,7 +178,7 @@ async def test_a_header_goes_out_as_given() -> None:
 
 
 async def test_the_device_is_started_in_the_order_of_the_spec_and_left_reset() -> None:
-    before = open_fds()
+    before = settled_fds()
     nic = FakeNic()
     async with driving(nic) as driver:
         assert nic.statuses == [0, 0, 1, 3, 11, 15]
@@ -292,7 +292,7 @@ async def test_the_doorbell_is_a_message_when_told_so_even_where_it_is_mapped() 
 
 async def test_the_doorbell_is_an_eventfd_when_told_so() -> None:
     events = tuple(os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3))
-    before = open_fds()
+    before = settled_fds()
     nic = FakeNic(doorbell_events=events)
     async with driving(nic, doorbells="eventfd") as driver:
         os.eventfd_read(events[RX])

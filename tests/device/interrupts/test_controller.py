@@ -4,7 +4,6 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from device.errors import DeviceError
 from device.interrupts.controller import Interrupts
 from device.interrupts.kinds import IrqFlags, IrqIndex, IrqKind
+from tests.descriptors import open_fds, settled_fds
 from tests.device.interrupts.listener import Listener, listeners
 
 EXCLUSIVE = [IrqKind.INTX, IrqKind.MSI, IrqKind.MSIX]
@@ -30,10 +30,6 @@ def interrupts() -> Iterator[Interrupts]:
     made = Interrupts(msi=4, msix=4)
     yield made
     made.unwire_all()
-
-
-def open_fds() -> list[str]:
-    return sorted(path.name for path in Path("/proc/self/fd").iterdir() if path.exists())
 
 
 @contextmanager
@@ -180,7 +176,7 @@ def test_a_refused_wiring_changes_nothing_and_leaks_nothing(
     interrupts: Interrupts, ears: list[Listener], kind: IrqKind
 ) -> None:
     read_end, write_end = os.pipe()
-    before = open_fds()
+    before = settled_fds()
     fds = [ears[0].fd, write_end] if kind in (IrqKind.MSI, IrqKind.MSIX) else [write_end]
     with refused(errno.EINVAL):
         interrupts.set_trigger(kind, 0, fds)
@@ -194,7 +190,7 @@ def test_a_refused_wiring_changes_nothing_and_leaks_nothing(
 def test_wiring_rewiring_and_disabling_leaks_nothing(
     interrupts: Interrupts, ears: list[Listener], kind: IrqKind
 ) -> None:
-    before = open_fds()
+    before = settled_fds()
     for _ in range(3):
         interrupts.set_trigger(kind, 0, [ears[0].fd])
         interrupts.set_trigger(kind, 0, [ears[1].fd])

@@ -15,8 +15,8 @@ from device.errors import DeviceError
 from device.pci._memfd import BLOCK
 from device.pci.memory_bar import MemoryBar
 from device.revocation import Revocation
+from tests.descriptors import no_fd_leaks
 from tests.device.pci.mapped import Mapping, mapped
-from tests.server.world import no_fd_leaks
 
 PAGE = mmap.PAGESIZE
 SIZE = 4 * BLOCK

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device.pci._memfd import BLOCK, PAGE, Memfd, copy
-from tests.server.world import no_fd_leaks
+from tests.descriptors import no_fd_leaks
 
 SIZE = 4 * BLOCK
 

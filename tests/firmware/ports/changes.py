@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import trio
 
 from firmware.ports import Port
@@ -20,8 +18,3 @@ class Changes:
     async def link(self) -> bool:
         """Whether the link was up after the next change."""
         return await self._receive.receive()
-
-
-def descriptors() -> int:
-    """How many this process has open."""
-    return len(list(Path("/proc/self/fd").iterdir()))

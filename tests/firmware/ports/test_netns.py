@@ -6,6 +6,7 @@ import pytest
 
 from firmware.ports import PortError
 from firmware.ports._netns import inside
+from tests.descriptors import open_fds, settled_fds
 from tests.firmware.ports.unprivileged import without_capabilities
 from tests.guest import Network
 
@@ -67,13 +68,9 @@ def test_entering_needs_the_permission(network: Network) -> None:
         without_capabilities(lambda: inside(network.path, here))
 
 
-def open_descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 def test_no_descriptor_is_left_behind(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    before = open_descriptors()
+    before = settled_fds()
     with pytest.raises(PortError, match="network namespace"):
         inside(str(tmp_path / "file"), here)
-    assert open_descriptors() == before
+    assert open_fds() == before

@@ -19,7 +19,8 @@ import trio.testing
 from firmware.ports import Framing, Offload, PortError, open_port, quote
 from firmware.ports._port import MAX_FRAME
 from firmware.ports.pcap import BURST, PcapPort
-from tests.firmware.ports.changes import Changes, descriptors
+from tests.descriptors import open_fds, settled_fds
+from tests.firmware.ports.changes import Changes
 from tests.firmware.ports.test_capture import pcap, section
 
 HEADER = 24  # bytes of a pcap file before its first record
@@ -506,6 +507,6 @@ def attempts(open_pcap: Opener, folder: Path) -> list[Callable[[], object]]:
 
 @pytest.mark.parametrize("number", range(5))
 def test_no_descriptor_is_left_behind(open_pcap: Opener, tmp_path: Path, number: int) -> None:
-    before = descriptors()
+    before = settled_fds()
     attempts(open_pcap, tmp_path)[number]()
-    assert descriptors() == before
+    assert open_fds() == before

@@ -17,7 +17,8 @@ import trio.testing
 from firmware.ports import Framing, Offload, PortError, open_port, quote
 from firmware.ports._listening import MAX_PATH
 from firmware.ports.stream import StreamPort
-from tests.firmware.ports.changes import Changes, descriptors
+from tests.descriptors import open_fds, settled_fds
+from tests.firmware.ports.changes import Changes
 from tests.firmware.ports.unprivileged import without_capabilities
 
 FRAME = bytes(range(64))
@@ -393,6 +394,6 @@ def refuse_all_of(world: World) -> list[Callable[[], object]]:
 
 @pytest.mark.parametrize("attempt", range(4))
 def test_no_descriptor_is_left_behind(world: World, attempt: int) -> None:
-    before = descriptors()
+    before = settled_fds()
     refuse_all_of(world)[attempt]()
-    assert descriptors() == before
+    assert open_fds() == before

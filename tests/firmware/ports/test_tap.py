@@ -9,7 +9,6 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from pyroute2 import IPRoute
 from firmware import Nic
 from firmware.ports import Offload, PortError, open_port
 from firmware.ports.tap import TapPort
+from tests.descriptors import open_fds, settled_fds
 from tests.firmware.driver import CONFIG_VECTOR, driver_of
 from tests.firmware.ports.unprivileged import without_capabilities
 from tests.guest import Network
@@ -278,18 +278,14 @@ def test_a_port_in_an_unknown_namespace_is_refused() -> None:
         open_port("tap:name=new0,netns=nowhere")
 
 
-def open_descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 @root
 def test_a_refusal_leaves_nothing_behind(network: Network, tap: Opener) -> None:
-    before = open_descriptors()
+    before = settled_fds()
     tap.refused("name=lo")
     with pytest.raises(PortError, match="does not take the address"):
         tap("name=new0,ip=::/0")
     assert link(network, "new0") == {}
-    assert open_descriptors() == before
+    assert open_fds() == before
 
 
 # --- frames

@@ -14,7 +14,7 @@ from device.pci.capabilities import Msi, Msix
 from server.libvfio_user._interrupts import Bridge
 from server.libvfio_user._told import Told
 from server.libvfio_user.library import LibraryError
-from tests.server.world import open_fds
+from tests.descriptors import open_fds, settled_fds
 
 VECTORS = 4
 
@@ -138,7 +138,7 @@ async def test_an_eventfd_that_cannot_be_written_ends_nothing(
 
 
 def test_closing_leaves_no_descriptor(function: PciFunction, hearing: Client) -> None:
-    before = open_fds()
+    before = settled_fds()
     bridge = Bridge(function, hearing.trigger, Told("card", 10))
     bridge.follow()
     function.interrupts.unwire_all()

@@ -21,6 +21,7 @@ from device.errors import DeviceError
 from device.function import Identity, MemoryBar, PciFunction, ResetKind
 from server import SessionLimits
 from server.libvfio_user import Library, LibraryError, Limit, serve
+from tests.descriptors import open_fds, settled_fds
 from tests.peers.engines import generation
 from tests.server.raw import (
     CONFIG,
@@ -50,7 +51,7 @@ from tests.server.raw import (
     message,
     version,
 )
-from tests.server.world import BAR2_SIZE, PAGE, VECTORS, Card, World, open_fds, world
+from tests.server.world import BAR2_SIZE, PAGE, VECTORS, Card, World, world
 
 INFO = struct.pack("=IIII", 16, 0, 0, 0)
 COMMAND = 4
@@ -221,7 +222,7 @@ async def test_all_windows_go_at_once(client: RawClient, served: World) -> None:
 async def test_the_same_window_again_is_refused_and_costs_no_descriptor(client: RawClient) -> None:
     fd = memory()
     await client.do(DMA_MAP, dma(0, PAGE), [fd])
-    before = open_fds()
+    before = settled_fds()
     assert await client.refused(DMA_MAP, dma(0, PAGE), [fd]) == errno.EEXIST
     assert open_fds() == before
     os.close(fd)
@@ -356,7 +357,7 @@ async def test_a_range_of_interrupts_that_wraps_is_refused(client: RawClient) ->
 async def test_an_eventfd_to_unmask_is_refused_and_closed(client: RawClient) -> None:
     await client.read(CONFIG, 0, 4)
     fd = os.eventfd(0, os.EFD_CLOEXEC)
-    before = open_fds()
+    before = settled_fds()
     assert await client.refused(SET_IRQS, irqs(EVENTFD | UNMASK, INTX, 0, 1), [fd]) == errno.ENOTTY
     assert open_fds() == before
     os.close(fd)
@@ -398,7 +399,7 @@ async def test_a_client_that_leaves_takes_everything_with_it(served: World) -> N
 
 
 async def test_ten_clients_leave_no_descriptor(served: World) -> None:
-    before = len(open_fds())
+    before = len(settled_fds())
     for _ in range(10):
         client = await served.client()
         await client.read(CONFIG, 0, 4)
@@ -500,7 +501,7 @@ async def test_a_version_in_parts_with_descriptors_is_agreed_on(served: World) -
     client = await served.connect()
     whole = version()
     fd = os.eventfd(0, os.EFD_CLOEXEC)
-    before = len(open_fds())
+    before = len(settled_fds())
     for part in (whole[:3], whole[3:16], whole[16:30], whole[30:]):
         await client.send(part, [fd])
     reply = await client.receive()

@@ -19,7 +19,7 @@ from trio.testing import wait_all_tasks_blocked
 from client._eventfd import take
 from client.irqchip import IrqchipError
 from client.irqchip.userspace import Ioapic, Pic, UserspaceChip, open_ioapic, open_pic
-from tests.client.peer import open_fds
+from tests.descriptors import open_fds, settled_fds
 
 GSI = 10
 Chip = TypeVar("Chip", bound=UserspaceChip)
@@ -250,7 +250,7 @@ async def test_any_descriptor_of_an_eventfd_stands_for_it(open_chip: Open) -> No
 
 @both
 async def test_descriptors_are_borrowed(open_chip: Open) -> None:
-    before = open_fds()
+    before = settled_fds()
     with devices() as (device,):
         async with active(open_chip) as chip:
             device.attach(chip)
@@ -349,7 +349,7 @@ async def test_without_room_for_descriptors_nothing_is_attached_and_nothing_leak
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with devices() as (device,):
         async with active(open_chip) as chip:
-            before = open_fds()
+            before = settled_fds()
             spare = os.dup(0)  # the lowest number that is free; reading /proc takes it for a while
             os.close(spare)
             try:
@@ -368,7 +368,7 @@ async def test_without_room_for_descriptors_nothing_is_attached_and_nothing_leak
 @both
 async def test_a_chip_whose_block_is_over_touches_nothing_and_takes_nobody(open_chip: Open) -> None:
     with devices() as (device,):
-        before = open_fds()
+        before = settled_fds()
         async with active(open_chip) as chip:
             device.attach(chip)
             await device.fire()
@@ -474,7 +474,7 @@ async def test_what_is_inactive_can_be_deactivated_again_and_hears_when_it_is_ac
 def test_a_chip_that_nobody_watches_has_no_descriptor_and_takes_none(
     made: Callable[[], UserspaceChip],
 ) -> None:
-    before = open_fds()
+    before = settled_fds()
     chip = made()
     with devices() as (device,):
         with pytest.raises(IrqchipError) as refused:
