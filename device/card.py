@@ -50,15 +50,19 @@ _CAPABILITIES: Mapping[Listed, Callable[[Profile], Capability]] = {
     Listed.POWER: lambda _profile: PowerManagement(),
     Listed.MSI: lambda _profile: Msi(),
     Listed.MSIX: lambda profile: Msix(
-        profile.vectors.count, table_bar=0, table_offset=MSIX_TABLE, pba_offset=MSIX_PBA
+        profile.vectors.count, table_bar=REGISTERS_BAR, table_offset=MSIX_TABLE, pba_offset=MSIX_PBA
     ),
     Listed.EXPRESS: lambda _profile: PciExpress(),
     Listed.COMMON: lambda _profile: VirtioCapability(
         VirtioCfgType.COMMON, REGISTERS_BAR, COMMON, COMMON_CONFIG_SIZE
     ),
-    Listed.ISR: lambda _profile: VirtioCapability(VirtioCfgType.ISR, 0, ISR, 1),
-    Listed.DEVICE: lambda _profile: VirtioCapability(VirtioCfgType.DEVICE, 0, DEVICE_CONFIG, CONFIG_SIZE),
-    Listed.NOTIFY: lambda _profile: VirtioNotify(0, DOORBELLS, QUEUES * NOTIFY_STRIDE, NOTIFY_STRIDE),
+    Listed.ISR: lambda _profile: VirtioCapability(VirtioCfgType.ISR, REGISTERS_BAR, ISR, 1),
+    Listed.DEVICE: lambda _profile: VirtioCapability(
+        VirtioCfgType.DEVICE, REGISTERS_BAR, DEVICE_CONFIG, CONFIG_SIZE
+    ),
+    Listed.NOTIFY: lambda _profile: VirtioNotify(
+        REGISTERS_BAR, DOORBELLS, QUEUES * NOTIFY_STRIDE, NOTIFY_STRIDE
+    ),
     Listed.PCI_ACCESS: lambda _profile: VirtioPciCfgAccess(),
 }
 
@@ -116,7 +120,9 @@ class NetworkCard:
     def connect_doorbells(self, fds: Sequence[int]) -> None:
         """Let eventfds, one a queue, stand for its doorbell; whoever owns them does what a write would."""
         self.function.doorbells = {
-            0: tuple(IoEventFdArea(DOORBELLS + NOTIFY_STRIDE * n, 2, fd) for n, fd in enumerate(fds))
+            REGISTERS_BAR: tuple(
+                IoEventFdArea(DOORBELLS + NOTIFY_STRIDE * n, 2, fd) for n, fd in enumerate(fds)
+            )
         }
 
     def make_movable(self, parts: dict[bytes, Part], traits: dict[str, str]) -> Migration:

@@ -110,12 +110,12 @@ class Profile:
 
     @property
     def text(self) -> str:
-        """What `parse_profile` makes this from."""
-        plain = PROFILES[self.name]
+        """What `parse_profile` makes this from; with every option if it is none of PROFILES."""
+        plain = PROFILES.get(self.name)
         said = [
             f"{key}={option.show(self)}"
             for key, option in OPTIONS.items()
-            if option.show(self) != option.show(plain)
+            if plain is None or option.show(self) != option.show(plain)
         ]
         return f"{self.name}:{','.join(said)}" if said else self.name
 

@@ -169,7 +169,7 @@ def parse_bar2_size(value: object) -> int:
 def parse_card_profile(text: object) -> Profile:
     """A personality from ``n3000`` or ``c5000x:vectors=one``; `ConfigError` says what is allowed."""
     try:
-        return parse_profile(_text(text))
+        return parse_profile(text if isinstance(text, str) else _text(text))
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -179,6 +180,14 @@ def test_keys_change_what_they_name_and_nothing_else() -> None:
     assert (chosen.name, chosen.identity, chosen.bars) == (N3000.name, N3000.identity, N3000.bars)
     assert chosen.text == "n3000:vectors=one,queue-size=512,lm=hidden"
     assert parse_profile(chosen.text) == chosen
+
+
+def test_a_profile_of_ones_own_says_all_that_can_be_chosen() -> None:
+    own = replace(VIRTIO, name="own", queue_size=64)
+    assert own.text == "own:vectors=per-queue,queue-size=64,lm=exposed,ring-state=auto"
+    card = NetworkCard(Quiet(), profile=own, bar2_size=4096)
+    assert f"profile={own.text}\n".encode() in card.make_movable({}, {}).identity
+    card.function.close()
 
 
 def test_a_key_that_says_what_is_so_anyway_makes_no_other_profile() -> None:
