@@ -2,17 +2,14 @@
 #ifndef CARD_H
 #define CARD_H
 
-#include "steps.h"
+#include "own.h"
 
 #include <fcntl.h>
 #include <linux/pci_regs.h>
 #include <linux/vfio.h>
-#include <poll.h>
-#include <sys/eventfd.h>
 #include <sys/ioctl.h>
-#include <sys/mman.h>
 
-enum { PAGE = 4096, MEMORY_BAR = 2, MAX_VECTORS = 8 };
+enum { MEMORY_BAR = 2, MAX_VECTORS = 8 };
 
 struct card {
     int group, device;
@@ -140,15 +137,6 @@ static long dma_unmap_all(int container)
     return ioctl(container, VFIO_IOMMU_UNMAP_DMA, &unmap) ? -1 : (long)unmap.size;
 }
 
-/* Memory that a device may have: whole pages, all there. */
-static void *allocate(uint64_t size)
-{
-    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-
-    demand("allocate", memory != MAP_FAILED);
-    return memory;
-}
-
 static int set_irqs(const struct card *card, uint32_t index, uint32_t flags, uint32_t count, const int *eventfds)
 {
     struct {
@@ -161,17 +149,6 @@ static int set_irqs(const struct card *card, uint32_t index, uint32_t flags, uin
     if (data)
         memcpy(request.eventfds, eventfds, data);
     return ioctl(card->device, VFIO_DEVICE_SET_IRQS, &request);
-}
-
-/* How often an eventfd was signalled, as soon as it was; 0 where it was not in time. */
-static uint64_t signals(int eventfd, int patience_ms)
-{
-    struct pollfd waiting = { .fd = eventfd, .events = POLLIN };
-    uint64_t count = 0;
-
-    if (poll(&waiting, 1, patience_ms) == 1 && read(eventfd, &count, sizeof count) != sizeof count)
-        demand("eventfd", false);
-    return count;
 }
 
 #endif

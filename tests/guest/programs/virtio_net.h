@@ -6,34 +6,17 @@
 #define VIRTIO_NET_H
 
 #include "card.h"
+#include "rings.h"
 
-#include <linux/virtio_config.h>
-#include <linux/virtio_net.h>
 #include <linux/virtio_pci.h>
-#include <linux/virtio_ring.h>
 
 /* Where the card has its virtio structures in BAR0, as its capabilities say. */
 enum { ISR = 0x1000, DEVICE_CONFIG = 0x2000, DOORBELLS = 0x3000, DOORBELL_STRIDE = 0x1000 };
 
-enum { RX, TX, QUEUES };
-enum { QUEUE_SIZE = 8, RING_PAGES = 3, RINGS_SIZE = QUEUES * RING_PAGES * PAGE };
-enum { HEADER = sizeof(struct virtio_net_hdr_v1), ETHERNET = 14, BUFFER = 2048, UNTOUCHED = 0xee };
-enum { PATIENCE_MS = 10000, NO_VECTOR = 0xffff };
-enum {
-    DRIVER_OK = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK |
-                VIRTIO_CONFIG_S_DRIVER_OK
-};
+enum { QUEUES = 2, QUEUE_SIZE = 8, NO_VECTOR = 0xffff };
 
 static const uint64_t FEATURES =
     1ull << VIRTIO_F_VERSION_1 | 1ull << VIRTIO_F_ACCESS_PLATFORM | 1ull << VIRTIO_NET_F_MAC;
-
-struct queue {
-    volatile struct vring_desc *descriptors;
-    volatile struct vring_avail *available;
-    volatile struct vring_used *used;
-    volatile uint16_t *doorbell;
-    uint16_t index, seen;
-};
 
 struct net {
     volatile struct virtio_pci_common_cfg *common;
@@ -49,14 +32,8 @@ static void start_queue(struct net *net, const struct card *card, int index, uin
     struct queue *queue = &net->queues[index];
     uint64_t offset = index * RING_PAGES * PAGE;
 
-    *queue = (struct queue){
-        .descriptors = (void *)(rings + offset),
-        .available = (void *)(rings + offset + PAGE),
-        .used = (void *)(rings + offset + 2 * PAGE),
-        .doorbell = (void *)(card->registers + DOORBELLS + index * DOORBELL_STRIDE),
-        .index = index,
-    };
-    memset(rings + offset, 0, RING_PAGES * PAGE);
+    *queue = empty_queue(index, QUEUE_SIZE, rings + offset);
+    queue->doorbell = (void *)(card->registers + DOORBELLS + index * DOORBELL_STRIDE);
     common->queue_select = index;
     common->queue_size = QUEUE_SIZE;
     common->queue_msix_vector = vector;
@@ -102,15 +79,7 @@ static void net_stop(struct net *net)
 /* Give the card a buffer, and ring. */
 static void offer(struct queue *queue, uint64_t iova, uint32_t length)
 {
-    uint16_t next = queue->available->idx, slot = next % QUEUE_SIZE;
-
-    queue->descriptors[slot].addr = iova;
-    queue->descriptors[slot].len = length;
-    queue->descriptors[slot].flags = queue->index == RX ? VRING_DESC_F_WRITE : 0;
-    queue->available->ring[slot] = slot;
-    __sync_synchronize();
-    queue->available->idx = next + 1;
-    __sync_synchronize();
+    make_available(queue, iova, length, queue->index == RX ? VRING_DESC_F_WRITE : 0);
     *queue->doorbell = queue->index;
 }
 
@@ -125,31 +94,7 @@ static int taken_back(const struct net *net, struct queue *queue)
         usleep(100);
     }
     __sync_synchronize();
-    return queue->used->ring[queue->seen++ % QUEUE_SIZE].len;
-}
-
-/* Write a frame from the card to itself, of an EtherType that is nobody's, whose payload tells it from others. */
-static void write_frame(volatile uint8_t *buffer, const struct net *net, int payload, uint8_t seed)
-{
-    for (int n = 0; n < HEADER; n++)
-        buffer[n] = 0;
-    buffer += HEADER;
-    for (int n = 0; n < 12; n++)
-        buffer[n] = net->mac[n % 6];
-    buffer[12] = 0x88;
-    buffer[13] = 0xb5;
-    for (int n = 0; n < payload; n++)
-        buffer[ETHERNET + n] = seed + 7 * n;
-}
-
-/* Whether the frame in a receive buffer is that of a transmit buffer. */
-static bool same_frame(const volatile uint8_t *received, const volatile uint8_t *sent, int payload)
-{
-    for (int n = HEADER; n < HEADER + ETHERNET + payload; n++) {
-        if (received[n] != sent[n])
-            return false;
-    }
-    return true;
+    return queue->used->ring[queue->seen++ % queue->size].len;
 }
 
 /* Two buffers, each at the program's address and at the card's. */
@@ -165,7 +110,7 @@ static int send_frame(struct net *net, const struct buffers *at, int payload, ui
 
     for (int n = 0; n < BUFFER; n++)
         at->rx[n] = UNTOUCHED;
-    write_frame(at->tx, net, payload, seed);
+    write_frame(at->tx, net->mac, payload, seed);
     offer(&net->queues[RX], at->rx_iova, BUFFER);
     offer(&net->queues[TX], at->tx_iova, length);
     return length;
