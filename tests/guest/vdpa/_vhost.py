@@ -1,4 +1,4 @@
-"""A guest in which a program of ours has two cards by vhost-vdpa, one by each parent; and what the host saw."""
+"""A guest in which a program of ours has two cards by vhost-vdpa, one by each parent; what the host saw."""
 
 from __future__ import annotations
 
@@ -19,13 +19,20 @@ from tests.guest.cards import ServedCard, serve_cards
 from tests.guest.programs import Step, program, read_steps
 from tests.guest.test_vfio_driver import IOMMU, SPLIT_IRQCHIP, Windows, kept_warnings
 from tests.guest.vdpa.kernel_log import KERNEL_ARGS
-from tests.guest.vdpa.parents import IFCVF, VP_VDPA, Parent
+from tests.guest.vdpa.parents import ADD, IFCVF, VDPA, VP_VDPA, Parent
 
 PATIENCE: Final = 120  # seconds for some ten on an idle machine
 
 ROUNDS: Final = 24
 BEGIN: Final = 0xFE00
 """Of the program's part `state`."""
+
+HOSTILE: Final = (
+    *("tx_ahead", "tx_far_behind", "tx_ffff"),
+    *("rx_ahead", "rx_far_behind"),
+    *("control_ahead", "control_ffff"),
+)
+"""Ring state that is not so, of the program's part of that name."""
 
 _QUESTIONS: Final = ("map", "unmap")
 _FRAMES: Final = (
@@ -37,6 +44,7 @@ _STATE: Final = (*["stopped"] * ROUNDS, "state", "hostile")
 SHOWN: Final = {IFCVF: (*_QUESTIONS, *_FRAMES, *_STATE), VP_VDPA: (*_QUESTIONS, *_FRAMES)}
 """When the program shows the host how things are, in its order. vp_vdpa takes no ring state from anybody."""
 
+_DEVICE: Final = "/dev/vhost-vdpa-0"
 _LENGTH: Final = struct.Struct(">I")
 _NUMBER_AT: Final = 14
 
@@ -155,18 +163,21 @@ async def _send_back(stream: trio.SocketStream, seen: Seen) -> None:
 @asynccontextmanager
 async def _served(folder: Path, profile: str) -> AsyncIterator[Seen]:
     """A card with a peer that sends everything back."""
-    folder.mkdir()
     peers = folder / "peer.sock"
     with trio.socket.socket(trio.socket.AF_UNIX) as listener:
         await listener.bind(str(peers))
         listener.listen(1)
         port = f"stream:path={peers}"
-        async with serve_cards(folder, [port], profile=parse_profile(profile)) as (card,), trio.open_nursery() as nursery:
-            peer, _ = await listener.accept()
+        async with (
+            serve_cards(folder, [port], profile=parse_profile(profile)) as (card,),
+            trio.open_nursery() as nursery,
+        ):
             seen = Seen(card)
-            nursery.start_soon(_send_back, trio.SocketStream(peer), seen)
-            yield seen
-            nursery.cancel_scope.cancel()
+            peer, _ = await listener.accept()
+            with peer:
+                nursery.start_soon(_send_back, trio.SocketStream(peer), seen)
+                yield seen
+                nursery.cancel_scope.cancel()
 
 
 def _script() -> str:
@@ -176,21 +187,21 @@ def _script() -> str:
         parts = ["questions", "frames", *(["state", "hostile"] if "state" in SHOWN[parent] else [])]
         lines += [
             parent.take(number),
-            f"vdpa dev add name vdpa{number} mgmtdev $mgmt",
-            f"wait_for 10 test -e /dev/vhost-vdpa-{number}",
+            ADD,
+            f"wait_for 10 test -e {_DEVICE}",
             f"echo parent {parent}",
-            *(f"vhost_vdpa {part} /dev/vhost-vdpa-{number}" for part in parts),
-            f"vdpa dev del vdpa{number}",
+            *(f"vhost_vdpa {part} {_DEVICE}" for part in parts),
+            f"vdpa dev del {VDPA}",
         ]
     return "\n".join(lines)
 
 
-async def watch(root: Root, setting: Setting, folder: Path) -> Story:
-    """Run a guest from its start to its end."""
+async def watch(root: Root, setting: Setting, folders: dict[Parent, Path]) -> Story:
+    """Run a guest from its start to its end; each parent's card has its sockets in a folder of its own."""
     accel = await accelerator(root)
     async with (
-        _served(folder / "ifcvf", setting.profiles[IFCVF]) as by_ifcvf,
-        _served(folder / "vp_vdpa", setting.profiles[VP_VDPA]) as by_vp_vdpa,
+        _served(folders[IFCVF], setting.profiles[IFCVF]) as by_ifcvf,
+        _served(folders[VP_VDPA], setting.profiles[VP_VDPA]) as by_vp_vdpa,
         boot(
             _script(),
             [by_ifcvf.card.socket, by_vp_vdpa.card.socket],
