@@ -91,6 +91,11 @@ class Server:
             self._errors.close()
             raise PeerError(f"{self._words[0]}: {error.strerror}") from error
 
+    @property
+    def pid(self) -> int:
+        """The server's process."""
+        return self._process.pid
+
     def wait_until_listening(self) -> float:
         """Seconds from starting the program to its socket taking a connection.
 
@@ -107,6 +112,11 @@ class Server:
             if self._process.poll() is not None or taken > START_PATIENCE:
                 raise PeerError(self._obituary())
             time.sleep(0.0005)
+
+    def explain(self, error: Exception) -> None:
+        """Note on an error how the server ended, if it did."""
+        if self._process.poll() is not None:
+            error.add_note(self._obituary())
 
     def _obituary(self) -> str:
         status = self._process.poll()
@@ -153,10 +163,16 @@ def busy(cpu: int) -> Iterator[None]:
 
 @contextmanager
 def running(command: str, path: Path, cpu: int | None = None) -> Iterator[Server]:
-    """A server that listens when the block begins and is gone when it ends."""
+    """A server that listens when the block begins and is gone when it ends.
+
+    If the block fails after the server ended by itself, the error has the server's last words as a note.
+    """
     server = Server(command, path, cpu)
     try:
         server.wait_until_listening()
         yield server
+    except Exception as error:
+        server.explain(error)
+        raise
     finally:
         server.stop()

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench._reporting import report
-from bench._servers import DEFAULT_COMMAND, running
+from bench._servers import DEFAULT_COMMAND, Server, running
 from tests.guest import GuestError, Network, RigError, boot, guest_root
 from tests.peers.cache import PeerError
 
@@ -100,6 +102,36 @@ find_interface() {
 
 
 @dataclass(frozen=True)
+class Transfer:
+    """What one transfer was like."""
+
+    speed: float
+    """Gbit/s."""
+    cost: float
+    """Seconds of processor time that QEMU and the card's server took for a GB."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Ours to theirs: the median over rounds, the least and the greatest."""
+
+    median: float
+    least: float
+    greatest: float
+
+    @classmethod
+    def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+        """From the rounds' figures."""
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        return cls(statistics.median(ratios), min(ratios), max(ratios))
+
+    @property
+    def cells(self) -> tuple[str, str]:
+        """As columns of a table."""
+        return f"{self.median:.2f}", f"{self.least:.2f}-{self.greatest:.2f}"
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a scenario measured of a driver, in Gbit/s."""
 
@@ -108,16 +140,15 @@ class Outcome:
     against: str
     ours: float
     theirs: float
-    ratio: float
-    """The median over rounds of (ours / theirs)."""
-    spread: tuple[float, float]
-    """The least and the greatest of the same."""
+    ratio: Ratio
+    cost: Ratio
+    """Of the processor time for a byte."""
     target: float
 
     @property
     def met(self) -> bool:
         """Whether the target is reached."""
-        return self.ratio >= self.target
+        return self.ratio.median >= self.target
 
 
 @dataclass(frozen=True)
@@ -155,9 +186,9 @@ class Plan:
                 for number in [*numbers[first:], *numbers[:first]]:
                     length = f"-t {self.seconds:g}"
                     lines += [
+                        f"tell begin {number}; await_host > /dev/null",
                         f"iperf3 -c {_subnet(number)}.1 {length} {scenario.flags} -J > /tmp/report",
-                        f"tell result {number} $(grep -A12 sum_received /tmp/report"
-                        " | sed -n 's/.*bits_per_second[^0-9]*\\([0-9.e+]*\\).*/\\1/p' | head -n 1)",
+                        "tell result $(grep -A12 sum_received /tmp/report)",
                     ]
         return "\n".join(lines)
 
@@ -182,7 +213,7 @@ def _setup(number: int, driver: Driver) -> list[str]:
 async def measure(plan: Plan, command: str, console: Console) -> list[Outcome]:
     """Boot one guest with all cards and let it transfer; raises GuestError, RigError or PeerError."""
     root = await trio.to_thread.run_sync(guest_root)
-    seen: dict[tuple[str, int], list[float]] = {}
+    seen: dict[tuple[str, int], list[Transfer]] = {}
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="guest-iperf-")))
         networks = [
@@ -191,18 +222,18 @@ async def measure(plan: Plan, command: str, console: Console) -> list[Outcome]:
         ]
         # QEMU's own card comes first on its command line, and so on the bus.
         taken = [networks[0].tap] if plan.against is QEMU else []
-        sockets = []
-        for network in networks[len(taken) :]:
+        servers: dict[int, Server] = {}
+        for number, network in list(enumerate(networks))[len(taken) :]:
             port = f"tap:name={network.tap},netns={network.path}"
-            sockets.append(scratch / f"{network.tap}.sock")
-            stack.enter_context(running(f"{command} --port {port}", sockets[-1]))
+            path = scratch / f"{network.tap}.sock"
+            servers[number] = stack.enter_context(running(f"{command} --port {port}", path))
         async with AsyncExitStack() as peers:
             for network in networks:
                 await peers.enter_async_context(network.running(root, "iperf3", "-s", port=IPERF_PORT))
             guest = await peers.enter_async_context(
                 boot(
                     FIND_INTERFACE + plan.script(),
-                    sockets,
+                    [server.path for server in servers.values()],
                     network=networks[0],
                     taps=taken,
                     smp=plan.cpus,
@@ -216,8 +247,13 @@ async def measure(plan: Plan, command: str, console: Console) -> list[Outcome]:
                 guest.say()
                 for number in range(plan.transfers_each):
                     console.print(f"{scenario.name} {number + 1} of {plan.transfers_each}   ", end="\r")
-                    card, speed = (await guest.expect("result")).split()
-                    seen.setdefault((scenario.name, int(card)), []).append(float(speed) / 1e9)
+                    card = int(await guest.expect("begin"))
+                    taking_part = [guest.pid, *(servers[card].pid for _ in range(card in servers))]
+                    before = _processor_seconds(taking_part)
+                    guest.say()
+                    report = await guest.expect("result")
+                    spent = _processor_seconds(taking_part) - before
+                    seen.setdefault((scenario.name, card), []).append(_transfer(report, spent))
             await guest.wait()
     return [
         _outcome(scenario, driver, plan.against, seen[scenario.name, number], seen[scenario.name, 0])
@@ -226,18 +262,38 @@ async def measure(plan: Plan, command: str, console: Console) -> list[Outcome]:
     ]
 
 
+def _processor_seconds(pids: Sequence[int]) -> float:
+    """What these processes took so far, in the kernel as well; to a hundredth of a second."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # utime and stime, proc_pid_stat(5)
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _transfer(report: str, spent: float) -> Transfer:
+    """From what iperf3 said of the receiver in its JSON, and the processor time."""
+    told = dict(re.findall(r'"(bytes|bits_per_second)":\s*([0-9.e+]+)', report))
+    return Transfer(float(told["bits_per_second"]) / 1e9, spent / float(told["bytes"]) * 1e9)
+
+
 def _outcome(
-    scenario: Scenario, driver: Driver, against: Yardstick, ours: Sequence[float], theirs: Sequence[float]
+    scenario: Scenario,
+    driver: Driver,
+    against: Yardstick,
+    ours: Sequence[Transfer],
+    theirs: Sequence[Transfer],
 ) -> Outcome:
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    our_speed, their_speed = ([one.speed for one in side] for side in (ours, theirs))
+    our_cost, their_cost = ([one.cost for one in side] for side in (ours, theirs))
     return Outcome(
         scenario.name,
         driver.name,
         against.name,
-        statistics.median(ours),
-        statistics.median(theirs),
-        statistics.median(ratios),
-        (min(ratios), max(ratios)),
+        statistics.median(our_speed),
+        statistics.median(their_speed),
+        Ratio.of(our_speed, their_speed),
+        Ratio.of(our_cost, their_cost),
         against.target,
     )
 
@@ -247,7 +303,7 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
     table = Table(title=f"TCP in Gbit/s: this card (A) beside {yardstick} (B)", box=SIMPLE_HEAD)
     for heading in ("driver", "scenario"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("A", "B", "A / B", "rounds", "target", ""):
+    for heading in ("A", "B", "A / B", "rounds", "target", "", "CPU A / B", "rounds"):
         table.add_column(heading, justify="right", no_wrap=True)
     for outcome in outcomes:
         table.add_row(
@@ -255,10 +311,10 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
             outcome.scenario,
             f"{outcome.ours:.2f}",
             f"{outcome.theirs:.2f}",
-            f"{outcome.ratio:.2f}",
-            "{:.2f}-{:.2f}".format(*outcome.spread),
+            *outcome.ratio.cells,
             f"{outcome.target:.2f}",
             "[green]met[/]" if outcome.met else "[red]missed[/]",
+            *outcome.cost.cells,
         )
     return table
 
@@ -351,7 +407,7 @@ def main(
     try:
         outcomes = trio.run(measure, plan, server_command, Console(stderr=True))
     except (GuestError, RigError, PeerError) as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException("\n".join([str(error), *getattr(error, "__notes__", [])])) from error
     report(outcomes, _table, as_json=as_json, check=check)
 
 
