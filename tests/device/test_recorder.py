@@ -19,7 +19,7 @@ from device.function import RegionIndex, ResetKind
 from device.profiles import COMMON, DEVICE_CONFIG, DOORBELLS, ISR, MSIX_TABLE, parse_profile
 from device.recorder import Recorder, recording
 from tests.device.test_card import Quiet
-from tests.traces.replay import REGISTERS
+from tests.traces.registers import REGISTERS
 
 STEP = re.compile(r"[rw](\d) (common\.[a-z_]+|isr|(?:device|notify|lm|bar\d)(?=\+))(?:\+(\w+))?( =)? (\w+)")
 

@@ -16,49 +16,21 @@ import os
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 
 import trio
 
-import client
-from client.pci import Command, PciControl, read_config
 from client.session import Session
 from firmware import Nic
-from protocol.vfio import IrqSetFlags
-from server.serving import serve
 from tests.device.driver_side import DriverRing, GuestMemory
 from tests.firmware.driver import BUFFER, HEADER, NO_HEADER
 from tests.firmware.test_nic import Cable, frame
+from tests.traces.registers import LIVE_MIGRATION_BAR, NOTIFY, Lines, Registers, served
 
-MSIX = 2
-LIVE_MIGRATION_BAR = 4
 LOG = 0x1000_0000_0000  # where DPDK maps vhost's log
 LOG_SIZE = 0x2000
 RING = 64
 BUFFERS = 16
-COMMON, NOTIFY, ISR = 1, 2, 3  # cfg_type
-
-REGISTERS = {
-    "device_feature_select": 0x00,
-    "device_feature": 0x04,
-    "driver_feature_select": 0x08,
-    "driver_feature": 0x0C,
-    "config_msix_vector": 0x10,
-    "num_queues": 0x12,
-    "device_status": 0x14,
-    "config_generation": 0x15,
-    "queue_select": 0x16,
-    "queue_size": 0x18,
-    "queue_msix_vector": 0x1A,
-    "queue_enable": 0x1C,
-    "queue_notify_off": 0x1E,
-    "queue_desc": 0x20,
-    "queue_driver": 0x28,
-    "queue_device": 0x30,
-}
-
-Lines = list[list[str]]
 
 
 def read_trace(path: Path) -> Lines:
@@ -83,43 +55,24 @@ def _unrolled(lines: Lines, at: int) -> tuple[Lines, int]:
     return steps, at
 
 
-class Replay:
+class Replay(Registers):
     """A driver of the card behind `session`, whose network is `cable`."""
 
     def __init__(self, session: Session, cable: Cable, memory: GuestMemory, log: GuestMemory) -> None:
-        self.session, self.cable, self.memory, self.log = session, cable, memory, log
+        super().__init__(session)
+        self.cable, self.memory, self.log = cable, memory, log
         self.rings = [DriverRing(memory, RING) for _ in range(3)]
         self.rx, self.tx, self.commands = self.rings
         self.names: dict[str, int] = {"size": RING, "log": LOG, "log_size": LOG_SIZE}
         for number, ring in enumerate(self.rings):
             for name, address in zip(("desc", "avail", "used"), ring.addresses, strict=True):
                 self.names[f"{name}{number}"] = address
-        self.places: dict[int, tuple[int, int]] = {}
-        self.multiplier = 0
-        self.fds: list[int] = []
         self.posted: dict[int, int] = {}
         self.held: deque[bytes] = deque()
         self.passed = 0
         for _ in range(BUFFERS):
             address = memory.allocate(BUFFER)
             self.posted[self.rx.add([(address, BUFFER, True)])] = address
-
-    async def prepare(self) -> None:
-        """Find the structures, and wire every vector that there is."""
-        config = await read_config(self.session)
-        for found in config.virtio:
-            self.places.setdefault(found.kind, (found.bar, found.offset))
-            if found.kind == NOTIFY:
-                self.multiplier = found.multiplier
-        await PciControl(self.session, config).set_command(Command.MEMORY | Command.MASTER)
-        count = self.session.irqs[MSIX].count
-        self.fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(count)]
-        flags = IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER
-        await self.session.set_irqs(MSIX, flags, 0, count, fds=self.fds)
-
-    def close(self) -> None:
-        for fd in self.fds:
-            os.close(fd)
 
     # --- registers
 
@@ -128,22 +81,9 @@ class Replay:
         return number
 
     def place(self, text: str) -> tuple[int, int]:
-        structure, _, rest = text.partition(".")
-        if structure == "common":
-            name, _, more = rest.partition("+")
-            bar, offset = self.places[COMMON]
-            return bar, offset + REGISTERS[name] + int(more or "0", 0)
-        if structure == "isr":
-            return self.places[ISR]
-        return LIVE_MIGRATION_BAR, self.value([text.removeprefix("lm+")])
-
-    async def read(self, place: str, width: int) -> int:
-        bar, offset = self.place(place)
-        return int.from_bytes(await self.session.region_read(bar, offset, width), "little")
-
-    async def write(self, place: str, width: int, value: int) -> None:
-        bar, offset = self.place(place)
-        await self.session.region_write(bar, offset, value.to_bytes(width, "little"))
+        if text.startswith("lm+"):
+            return LIVE_MIGRATION_BAR, self.value([text.removeprefix("lm+")])
+        return super().place(text)
 
     async def notify(self, queue: int) -> None:
         bar, offset = self.places[NOTIFY]
@@ -249,21 +189,16 @@ async def replaying(nic: Nic, cable: Cable, path: Path) -> AsyncIterator[Replay]
     """A card that is served at `path`, and a driver of it."""
     memory, log = GuestMemory(4 << 20), GuestMemory(LOG_SIZE, LOG)
     try:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(partial(serve, [(nic.function, path)]))
-            nursery.start_soon(nic.run)
-            async with client.connect(path) as session:
-                for one in (memory, log):
-                    await session.dma_map(one.iova, one.size, fd=one.fd)
-                driver = Replay(session, cable, memory, log)
-                try:
-                    await driver.prepare()
-                    yield driver
-                finally:
-                    driver.close()
-            nursery.cancel_scope.cancel()
+        async with served(nic, path) as session:
+            for one in (memory, log):
+                await session.dma_map(one.iova, one.size, fd=one.fd)
+            driver = Replay(session, cable, memory, log)
+            try:
+                await driver.prepare()
+                yield driver
+            finally:
+                driver.close()
     finally:
-        nic.close()
         cable.network.close()
         memory.close()
         log.close()

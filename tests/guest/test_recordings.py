@@ -1,0 +1,129 @@
+"""What the kernel's drivers do to the card's registers, against the recordings that tests.traces does again.
+
+With TRIONIC_RECORD=1 in the environment the recordings are made anew.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+from device.profiles import parse_profile
+from device.recorder import Recorder
+from tests.guest import Network, Root
+from tests.guest.conftest import ServeCards
+from tests.guest.vdpa.parents import ADD, IFCVF, VDPA, VP_VDPA, Parent
+from tests.guest.vdpa.story import Story
+from tests.traces.recordings import RECORDED, SECTION, normalised
+from trionic.engines import Engine, EngineConfig
+
+PROCESSORS: Final = 4  # the IFC VF's driver asks for no more vectors than these
+
+
+@dataclass(slots=True)
+class Life:
+    """A driver's, from where it takes the card of this number to where it lets go."""
+
+    name: str
+    card: int
+    parent: Parent | None
+    """None: virtio-pci."""
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def script(self) -> str:
+        modules = "modprobe virtio_net"
+        take, start, stop = f"give virtio-pci $(card {self.card})", "", ""
+        if self.parent is not None:
+            modules += f"; modprobe virtio_vdpa; modprobe {self.parent.module}"
+            take = f"give {self.parent.driver} $(card {self.card}); mgmt=pci/$(basename $(card {self.card}))"
+            start, stop = ADD, f"vdpa dev del {VDPA}"
+        return f"""
+{modules}
+tell begin; await_host
+{take}
+tell take; await_host
+{start}
+dev=$(nic)
+ip addr add 10.77.0.2/24 dev $dev
+ip link set $dev up
+tell up; await_host
+ping -c 2 -i 0.2 10.77.0.1
+tell traffic; await_host
+ip link set $dev down
+{stop}
+tell down; await_host
+echo $(basename $(card {self.card})) > $(card {self.card})/driver/unbind
+tell release; await_host
+"""
+
+
+SECTIONS: Final = ("take", "up", "traffic", "down", "release")
+
+PROFILES: Final = ("n3000", "n3000:vectors=shared", "n3000:vectors=one", "c5000x")
+"""Each card's. By libvfio-user there is the first one only: the others say nothing of an engine."""
+
+LIVES: Final = (
+    ("virtio_pci", 0, None),
+    ("vp_vdpa", 0, VP_VDPA),
+    ("ifcvf", 0, IFCVF),
+    ("ifcvf-shared", 1, IFCVF),
+    ("ifcvf-one", 2, IFCVF),
+    ("ifcvf-c5000x", 3, IFCVF),
+)
+
+# The kernel has virtio-pci, but not the drivers above it.
+NO_DRIVERS: Final = """
+sysctl -qw net.ipv6.conf.default.disable_ipv6=1
+n=0
+while f=$(card $n); do echo ${f##*/} > $f/driver/unbind; n=$((n + 1)); done
+"""
+
+
+class Recordings:
+    """What was recorded of each card, taken off as the sections end."""
+
+    def __init__(self, cards: int) -> None:
+        self.lines: list[list[str]] = [[] for _ in range(cards)]
+
+    def put(self, card: int, line: bytes) -> None:
+        self.lines[card].append(line.decode().rstrip("\n"))
+
+    def take(self, card: int) -> list[str]:
+        taken = self.lines[card].copy()
+        self.lines[card].clear()
+        return taken
+
+
+async def test_drivers_do_to_the_card_what_was_recorded(
+    guest_root: Root, serve_cards: ServeCards, engine: EngineConfig, make_network: Callable[..., Network]
+) -> None:
+    profiles = PROFILES if engine.engine is Engine.NATIVE else PROFILES[:1]
+    lives = [Life(*life) for life in LIVES if life[1] < len(profiles)]
+    networks = [make_network() for _ in profiles]
+    ports = [f"tap:name={network.tap},netns={network.path}" for network in networks]
+    recordings = Recordings(len(profiles))
+    story = Story()
+    script = NO_DRIVERS + "".join(life.script for life in lives)
+    async with serve_cards(*ports, profiles=[parse_profile(text) for text in profiles]) as cards:
+        for number, card in enumerate(cards):
+            Recorder(card.nic.card, partial(recordings.put, number))
+        async with story.told(script, cards, guest_root, engine, smp=PROCESSORS) as guest:
+            for life in lives:
+                await guest.expect("begin")
+                recordings.take(life.card)
+                guest.say()
+                life.lines.append(f"# {profiles[life.card]}")
+                for section in SECTIONS:
+                    await guest.expect(section)
+                    life.lines += [f"{SECTION}{section}", *recordings.take(life.card)]
+                    guest.say()
+    assert story.complaints == []
+    for life in lives:
+        file = RECORDED / f"{life.name}.trace"
+        if os.environ.get("TRIONIC_RECORD"):
+            file.write_text("".join(f"{line}\n" for line in life.lines))
+        assert normalised(life.lines) == normalised(file.read_text().splitlines()), life.name
