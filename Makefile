@@ -45,6 +45,7 @@ bench: build host-packages
 	@$(PY) -m bench.register_rtt
 	@$(PY) -m bench.dma
 	@$(PY) -m bench.guest_iperf
+	@$(PY) -m bench.guest_iperf -d virtio-pci -d ifcvf -d vp_vdpa --against own
 
 clean:
 	rm -rf $(VENV) build *.egg-info
