@@ -22,7 +22,6 @@
 #define VHOST_BACKEND_F_SUSPEND 0x4
 #endif
 
-enum { CONTROL = 2, QUEUES };
 enum { MAX_CONFIG = 256 };
 
 static const uint64_t BACKEND_FEATURES = 1ull << VHOST_BACKEND_F_IOTLB_MSG_V2 | 1ull << VHOST_BACKEND_F_IOTLB_BATCH;
