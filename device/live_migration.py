@@ -1,7 +1,7 @@
 """The live-migration block of an IFC VF, at the start of its BAR 4: ring state, and the log of written pages.
 
      00  CONTROL, 32 bits: 0 logs nothing, 1 (turned on for the VF) and 3 (for the PF) log
-     08  STATUS, 64 bits: bit 0 logging, bit 1 log not reached, bit 2 log too small
+     08  STATUS, 64 bits: bit 0 logging, bit 1 bits left out, bit 2 log too small
      10  BASE, 64 bits: where the log begins
      18  END, 64 bits: the first byte behind it
      20  ring state, and at 28 PAIRS, 32 bits: see below
@@ -43,10 +43,8 @@ PAIR_STRIDE: Final = 0x40
 class LogStatus(IntFlag):
     """STATUS. What went wrong stays until logging is turned on again."""
 
-    LOGGING = 1
-    UNREACHABLE = (
-        2  # a bit's byte is in no window that may be read and written, or in one without memory here
-    )
+    LOGGING = 1  # or bits for what was written before are still on their way
+    UNREACHABLE = 2  # a bit could not be set: see GuestLog.unreachable
     TOO_SMALL = 4  # a page was written whose bit would be at END or behind it
 
 
@@ -109,8 +107,7 @@ class LiveMigration:
     def reset(self) -> None:
         """Nothing is logged any more, all registers are zero; the queues are reset by their owner."""
         self._control, self._pairs, self._base, self._end = OFF, 0, 0, 0
-        self.log.stop()
-        self.log.unreachable = self.log.too_small = False
+        self.log.reset()
 
     def read(self, offset: int, count: int) -> int:
         """See Handler."""
@@ -135,7 +132,7 @@ class LiveMigration:
             self.log.stop()
 
     def _get_status(self) -> LogStatus:
-        status = LogStatus.LOGGING if self.log.active else LogStatus(0)
+        status = LogStatus.LOGGING if self.log.active or self.log.owing else LogStatus(0)
         if self.log.unreachable:
             status |= LogStatus.UNREACHABLE
         if self.log.too_small:
@@ -188,11 +185,16 @@ class LiveMigration:
     # --- moving to another card
 
     def save(self) -> bytes:
-        """The registers, but for ring state, which the queues have."""
+        """The registers, but for ring state, which the queues have. Bits on their way into the log do not go
+        along: that they are left out does.
+        """
         log = self.log
+        wrong = self._get_status() & ~LogStatus.LOGGING
+        if log.owing:
+            wrong |= LogStatus.UNREACHABLE
         return _SAVED.pack(
             *(self._control, self._pairs, self._base, self._end),
-            *(log.base, log.end, self._get_status() & ~LogStatus.LOGGING),
+            *(log.base, log.end, wrong),
         )
 
     def stage(self, data: bytes) -> Callable[[], None]:

@@ -53,6 +53,7 @@ cdef class Bursts:
     cdef bint burst(self) noexcept nogil
     cdef bint arm(self) noexcept nogil
     cdef bint _both_ways(self) noexcept nogil
+    cdef bint _settle_log(self) noexcept nogil
     cdef bint _ask_for_kicks(self) noexcept nogil
     cdef void _report(self) noexcept nogil
     cdef int _complete(self, VirtQueue queue) noexcept nogil

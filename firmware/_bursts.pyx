@@ -14,7 +14,7 @@ from posix.unistd cimport write
 
 from device._atomic cimport load_int, load_int_after
 from device._gate cimport Gate
-from device.dma._windows cimport DMA_READ, FAULT_NONE, DmaWindows
+from device.dma._windows cimport DMA_READ, FAULT_DISTURBED, FAULT_NONE, DmaWindows
 from device.interrupts._lines cimport Lines
 from device.virtio._rings cimport DISTURBED, NOT_HERE, OWED_ROOM, Chain
 from device.virtio._split cimport VirtQueue
@@ -88,13 +88,23 @@ cdef class Bursts:
         cdef bint more
         if self._busy:
             return False
-        if not self.running or not self.may_master:
-            self.cable.flush()          # the driver was told that this is sent
-            return False
         self._busy = True
-        more = self._both_ways()
+        if self.running and self.may_master:
+            more = self._both_ways()
+        else:
+            more = False
+            self.cable.flush()          # the driver was told that this is sent
+        more |= self._settle_log()
         self._busy = False
         return more
+
+    cdef bint _settle_log(self) noexcept nogil:
+        """Tell the guest's log what was written, once for all of a burst; True when it is to be done again."""
+        if self.may_master:
+            return self.dma.settle_log() == FAULT_DISTURBED
+        if not self.running:
+            self.dma.drop_log()         # its driver is gone, and the next one may not allow DMA for long
+        return False
 
     cdef bint _both_ways(self) noexcept nogil:
         cdef int sent = 0, received = 0
@@ -120,6 +130,7 @@ cdef class Bursts:
             return False
         self._busy = True
         more = self._ask_for_kicks()
+        more |= self._settle_log()
         self._busy = False
         return more
 

@@ -132,6 +132,8 @@ cdef class DataPath(Bursts):
             self.running = False
             self.frame_length = 0
             self.cable.forget()
+        if self.dma.guest_log_owed:
+            self.wake()                 # the reset is complete when that is settled
 
     @property
     def bus_master(self):

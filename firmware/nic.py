@@ -214,6 +214,8 @@ class Nic:
                     os.eventfd_write(self.datapath.event_fd, 1)  # after whatever else waits for its turn
             finally:
                 self._executing = False
+                if self.function.dma.guest_log_owed:  # the card changed while the client was asked to write it
+                    self.datapath.wake()
 
     def _allow_dma(self) -> None:
         """Software allows or forbids DMA, or the card is stopped or runs again."""

@@ -16,6 +16,9 @@ cdef struct Chunk:
 
 cdef class WriteLog:
     cdef void mark(self, uint64_t iova, uint64_t length) noexcept nogil
+    cdef bint owes(self) noexcept nogil
+    cdef int settle(self) noexcept nogil
+    cdef bint drop(self) noexcept nogil
 
 
 cdef class DirtyLog(WriteLog):
@@ -34,8 +37,12 @@ cdef class Marking:
     cdef bint marking                       # every write to the client's memory is to be marked, for anybody
     cdef DirtyLog _log
     cdef WriteLog _guest_log
+    cdef WriteLog _last_guest_log           # the same, or when that is off the one that was on last
 
     cdef void mark(self, uint64_t iova, uint64_t length) noexcept nogil
     cdef void mark_for_client(self, uint64_t iova, uint64_t length) noexcept nogil
     cdef void mark_answered(self, uint64_t iova, uint64_t length, bint written) noexcept nogil
     cdef void log_for_client(self, DirtyLog log) noexcept
+    cdef bint owes_log(self) noexcept nogil
+    cdef int settle_log(self) noexcept nogil
+    cdef void drop_log(self) noexcept nogil

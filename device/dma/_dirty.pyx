@@ -36,6 +36,18 @@ cdef class WriteLog:
     cdef void mark(self, uint64_t iova, uint64_t length) noexcept nogil:
         pass
 
+    cdef bint owes(self) noexcept nogil:
+        """Whether some of what was marked is not told yet."""
+        return False
+
+    cdef int settle(self) noexcept nogil:
+        """Tell it, and let the gate go meanwhile: FAULT_NONE, or FAULT_DISTURBED and it is to be done again."""
+        return 0
+
+    cdef bint drop(self) noexcept nogil:
+        """Never tell it; whether there was something."""
+        return False
+
 
 cdef class DirtyLog:
     """Nothing is marked at first."""
@@ -153,9 +165,10 @@ cdef class Marking:
             self._log.mark(iova, length)
 
     cdef void mark_answered(self, uint64_t iova, uint64_t length, bint written) noexcept nogil:
-        """The client was asked to write these bytes, and marked before; `written` says whether it did.
+        """The client was asked to write these bytes, and marked before; `written` says whether it did, and
+        the guest's log is to hear of it.
 
-        It is told again, for it may have asked for its log meanwhile, and before it wrote.
+        The client is told again, for it may have asked for its log meanwhile, and before it wrote.
         """
         self.mark_for_client(iova, length)
         if written and self._guest_log is not None:
@@ -176,3 +189,29 @@ cdef class Marking:
     def guest_log(self, WriteLog log):
         self._guest_log = log
         self.marking = self.logging or log is not None
+        if log is not None:
+            self._last_guest_log = log
+
+    @property
+    def guest_log_owed(self):
+        """Whether the guest's log has not heard of all writes yet; see `settle_guest_log`."""
+        return bool(self.owes_log())
+
+    def settle_guest_log(self):
+        """Let the guest's log hear of all writes, for whoever wrote by himself; the gate is free meanwhile.
+
+        Whether it has: what the card was stopped, reset or changed in the middle of is to be done again.
+        """
+        return self.settle_log() == 0
+
+    cdef bint owes_log(self) noexcept nogil:
+        return self._last_guest_log is not None and self._last_guest_log.owes()
+
+    cdef int settle_log(self) noexcept nogil:
+        """Tell the guest's log what it is owed, as WriteLog.settle; for whoever wrote, when he is done."""
+        return self._last_guest_log.settle() if self.owes_log() else 0
+
+    cdef void drop_log(self) noexcept nogil:
+        """Nobody is left who could be told."""
+        if self.owes_log():
+            self._last_guest_log.drop()

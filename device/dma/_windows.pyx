@@ -412,7 +412,7 @@ cdef class DmaWindows(Marking):
                 memcpy(<uint8_t *> target + done, part, run)
             else:
                 if fault == FAULT_MESSAGE_ONLY:
-                    fault = self._by_message(iova + done, &run, <uint8_t *> target + done, NULL)
+                    fault = self._by_message(iova + done, &run, <uint8_t *> target + done, NULL, True)
                 if fault != FAULT_NONE:
                     return fault
             done += run
@@ -433,21 +433,39 @@ cdef class DmaWindows(Marking):
                     self.mark(iova + done, run)
             else:
                 if fault == FAULT_MESSAGE_ONLY:
-                    fault = self._by_message(iova + done, &run, NULL, <const uint8_t *> source + done)
+                    fault = self._by_message(iova + done, &run, NULL, <const uint8_t *> source + done, True)
                 if fault != FAULT_NONE:
                     return fault
             done += run
         return self.unless_lost(losses, iova, length, DMA_WRITE)
 
-    cdef int _by_message(self, uint64_t iova, uint64_t *run, uint8_t *target,
-                         const uint8_t *source) noexcept nogil:
-        """Have the client's bytes in `target`, or give it those in `source`; `run` shrinks to one message."""
+    cdef int write_for_log(self, uint64_t iova, const uint8_t *source, uint64_t length) noexcept nogil:
+        """Have the client write a part of its guest's log, which is not told of that."""
+        cdef uint8_t *part
+        cdef uint64_t run, done = 0
+        cdef int fault
+        while done < length:
+            fault = self.span(iova + done, length - done, DMA_WRITE, &part, &run)
+            if fault != FAULT_MESSAGE_ONLY:
+                return FAULT_DISTURBED if fault == FAULT_NONE else fault
+            fault = self._by_message(iova + done, &run, NULL, source + done, False)
+            if fault != FAULT_NONE:
+                return fault
+            done += run
+        return FAULT_NONE
+
+    cdef int _by_message(self, uint64_t iova, uint64_t *run, uint8_t *target, const uint8_t *source,
+                         bint logged) noexcept nogil:
+        """Have the client's bytes in `target`, or give it those in `source`; `run` shrinks to one message.
+
+        `logged`: the guest's log is to hear of what is written.
+        """
         if not self._answering:
             return FAULT_MESSAGE_ONLY
         run[0] = min(run[0], self._remote_limit)
         with gil:
             try:
-                return self._ask(iova, run[0], target, source)
+                return self._ask(iova, run[0], target, source, logged)
             except BaseException:
                 log.exception("DMA by message, %d bytes at %#x", run[0], iova)
                 return FAULT_REFUSED - errno.EIO
@@ -459,7 +477,8 @@ cdef class DmaWindows(Marking):
         return (self.epoch == epoch and self.span(iova, length, prot, &part, &run) == FAULT_MESSAGE_ONLY
                 and run >= length)
 
-    cdef int _ask(self, uint64_t iova, uint64_t length, uint8_t *target, const uint8_t *source) except 1:
+    cdef int _ask(self, uint64_t iova, uint64_t length, uint8_t *target, const uint8_t *source,
+                  bint logged) except 1:
         cdef uint64_t epoch = self.epoch
         cdef Gate gate = self.pins.gate
         cdef int depth, fault = FAULT_NONE
@@ -486,7 +505,7 @@ cdef class DmaWindows(Marking):
                     gate.resume(depth)
             self.unanswered -= 1
         if source != NULL:
-            self.mark_answered(iova, length, fault == FAULT_NONE)
+            self.mark_answered(iova, length, logged and fault == FAULT_NONE)
         if fault == FAULT_GONE and remote is self._remote and self._answering:
             self._answering = False
             self.generation += 1

@@ -87,11 +87,12 @@ cdef class VirtQueue(Rings):
         self.stopping = False
 
     def finish_stop(self):
-        """Disable the queue if it is stopping, no chain is in flight and the driver can see that of all that
-        were; or if that can never be: the queue is broken, or its rings are in no window. Then what the
+        """Disable the queue if it is stopping, no chain is in flight, the driver can see that of all that were,
+        and the guest's log has heard of it; or if that can never be: the queue is broken, or its rings are in no window. Then what the
         driver cannot see of is not a part of `last_avail`.
         """
-        if self.stopping and (self._fault or self.settled() or self._popped == 0 and not self.reachable()):
+        if (self.stopping and not self.dma.owes_log()
+                and (self._fault or self.settled() or self._popped == 0 and not self.reachable())):
             self.disable()
 
     def place(self, uint16_t last_avail, uint16_t used_index):
@@ -209,7 +210,7 @@ cdef class VirtQueue(Rings):
 
     def settle(self):
         """Let the driver see what could not be shown when it was pushed; returns and raises as `push`."""
-        return bool(self._checked(self.complete()))
+        return bool(self._told(self._checked(self.complete())))
 
     def give_chains_back(self):
         """Forget every chain that was popped and not pushed: they will be popped again."""
@@ -225,9 +226,15 @@ cdef class VirtQueue(Rings):
 
     def enable_kicks(self):
         """Ask for notifications; returns whether a chain is available already. DeviceError as for `pop`."""
-        return bool(self._checked(self.wants_kicks(self.next_avail))) if self.ready() else False
+        return bool(self._told(self._checked(self.wants_kicks(self.next_avail)))) if self.ready() else False
 
     def disable_kicks(self):
         """Ask for no notifications."""
         if self.ready():
             self.refuses_kicks()
+            self._told(0)
+
+    def _told(self, int got):
+        """The same, when the guest's log has heard of what was written."""
+        self.dma.settle_log()
+        return got

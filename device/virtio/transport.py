@@ -133,9 +133,11 @@ class VirtioPciTransport:
         """The status as the driver reads it: not 0 before its reset is complete (4.1.4.3.1).
 
         The client may still be carrying out what the card asked of it for the driver that is gone; until it
-        has answered, that driver must not put its memory to other use.
+        has answered, that driver must not put its memory to other use. Nor is its log of written pages
+        complete while bits are on their way there.
         """
-        if not self.status and self.queues[0].dma.unanswered:
+        dma = self.queues[0].dma
+        if not self.status and (dma.unanswered or dma.guest_log_owed):
             return self._left_behind
         return self.status
 

@@ -37,6 +37,7 @@ class Client:
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
+        self.beside: GuestMemory | None = None  # more of it
         self.asked: list[Ask] = []
         self.meanwhile: Callable[[Ask], None] = lambda ask: None
         self.answer: Callable[[bytes], bytes] = lambda data: data
@@ -66,11 +67,14 @@ class Client:
             try:
                 self.meanwhile(ask)
                 kind, iova, length = ask
+                memory = self.memory
+                if self.beside is not None and 0 <= iova - self.beside.iova < self.beside.size:
+                    memory = self.beside
                 if kind == "write":
-                    self.memory.write(iova, data)
+                    memory.write(iova, data)
                     answer.set_result(b"")
                 else:
-                    answer.set_result(self.answer(self.memory.read(iova, length)))
+                    answer.set_result(self.answer(memory.read(iova, length)))
             except BaseException as error:
                 answer.set_exception(error)
 

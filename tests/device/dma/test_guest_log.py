@@ -20,9 +20,11 @@ SIZE = 0x100000
 LOG = 0x7000_0000  # where the log's own memory is
 
 
-def log_memory(dma: DmaWindows, prot: int = 3) -> GuestMemory:
+def log_memory(dma: DmaWindows, prot: int = 3, by_message: tuple[bool, bool] = (False, False)) -> GuestMemory:
+    """The log's two pages, each a window of its own."""
     memory = GuestMemory(size=2 * PAGE, iova=LOG)
-    memory.map_into(dma, prot)
+    for page, asked in enumerate(by_message):
+        dma.map(LOG + page * PAGE, PAGE, prot, None if asked else memory.fd, page * PAGE)
     return memory
 
 
@@ -37,7 +39,7 @@ def bits_in(memory: GuestMemory, base: int, end: int) -> set[int]:
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_the_bits_are_exactly_the_pages_written(data: st.DataObject) -> None:
-    """Writes of any length to windows of both kinds, a log that begins and ends anywhere."""
+    """Writes of any length to windows of both kinds, a log that begins and ends anywhere, in both kinds."""
     base = LOG + data.draw(st.integers(0, 2 * PAGE), label="base")
     end = data.draw(st.integers(base, LOG + 2 * PAGE) | st.integers(base, base + 40), label="end")
     end = min(end, LOG + 2 * PAGE)
@@ -52,7 +54,8 @@ def test_the_bits_are_exactly_the_pages_written(data: st.DataObject) -> None:
                 first + part * SIZE // 4, SIZE // 4, 3, None if by_message else memory.fd, part * SIZE // 4
             )
         dma.remote = client
-        told = log_memory(dma)
+        told = log_memory(dma, by_message=data.draw(st.tuples(st.booleans(), st.booleans()), label="log"))
+        client.beside = told
         dma.write(first, b"before")
         log.start(base, end)
         for _ in range(data.draw(st.integers(0, 8))):
@@ -61,12 +64,17 @@ def test_the_bits_are_exactly_the_pages_written(data: st.DataObject) -> None:
             length = data.draw(st.integers(1, min(SIZE - at, 3 * PAGE)))
             dma.write(first + at, os.urandom(length))
             written |= touched(first + at, length, PAGE)
+            if data.draw(st.booleans(), label="settled"):
+                assert dma.settle_guest_log()
+        log.stop()
+        assert dma.settle_guest_log()
+        assert not log.owing
         room = 8 * (end - base)
         assert bits_in(told, base, end) == {page for page in written if page < room}
         assert log.too_small == any(page >= room for page in written)
         assert not log.unreachable
-        log.stop()
         dma.write(first, bytes(SIZE))
+        assert dma.settle_guest_log()
         assert bits_in(told, base, end) == {page for page in written if page < room}
         told.close()
 
@@ -139,19 +147,6 @@ def test_a_log_that_may_not_be_read_and_written_says_that_it_is_not_reached(prot
         assert log.unreachable
         assert not any(told.read(LOG, told.size))
         told.close()
-
-
-def test_a_log_in_memory_that_the_client_must_be_asked_for_is_not_reached() -> None:
-    dma = DmaWindows()
-    log = GuestLog(dma)
-    with guest_memory(dma, size=SIZE, iova=0), guest_memory(size=PAGE, iova=LOG) as told:
-        with client_of(told) as client:
-            dma.map(LOG, PAGE, 3)
-            dma.remote = client
-            log.start(LOG, LOG + 32)
-            dma.write(0, b"x")
-            assert log.unreachable
-        assert not any(told.read(LOG, PAGE))
 
 
 def test_a_log_whose_file_the_client_truncates_is_not_reached() -> None:
