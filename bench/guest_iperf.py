@@ -161,7 +161,7 @@ class Plan:
     drivers: Sequence[Driver]
     against: Yardstick
     rounds: int
-    seconds: float
+    seconds: int
     cpus: int
 
     @property
@@ -186,7 +186,7 @@ class Plan:
             for turn in range(self.rounds):
                 first = turn % len(numbers)
                 for number in [*numbers[first:], *numbers[:first]]:
-                    length = f"-t {self.seconds:g}"
+                    length = f"-t {self.seconds}"
                     lines += [
                         f"tell begin {number}; await_host > /dev/null",
                         f"iperf3 -c {_subnet(number)}.1 {length} {scenario.flags} -J > /tmp/report",
@@ -356,7 +356,7 @@ def _chosen(everything: Sequence[Named], names: Sequence[str]) -> list[Named]:
     "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Transfers of each card."
 )
 @click.option(
-    "--seconds", type=click.FloatRange(0.5), default=2, show_default=True, help="The length of a transfer."
+    "--seconds", type=click.IntRange(1), default=2, show_default=True, help="The length of a transfer."
 )
 @click.option(
     "--cpus",
@@ -378,7 +378,7 @@ def main(
     drivers: tuple[str, ...],
     against: str,
     rounds: int,
-    seconds: float,
+    seconds: int,
     cpus: int,
     server_command: str,
     as_json: bool,
