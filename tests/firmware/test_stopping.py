@@ -360,6 +360,64 @@ def test_a_driver_that_does_not_wait_for_the_end_of_a_stop_can_go_on_after_it(pl
         assert driver.sent() == out[2 if places else 1 :]
 
 
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("queue", [RX_QUEUE, TX_QUEUE])
+def test_ring_state_that_is_read_at_any_moment_by_a_driver_that_does_not_wait_holds(
+    queue: int, reset: bool
+) -> None:
+    """Linux's reads it by 16 bits, as soon as it has stopped the queue, and goes on from there."""
+    moment, last = 0, False
+    unsettled = 0
+    while not last:
+        with asking(buffers=6) as (driver, client):
+            out = [numbered(n) for n in range(3)]
+            into = [numbered(100 + n) for n in range(3)]
+            base: list[int] = []
+
+            def stop_and_read(driver: Stopper = driver, base: list[int] = base) -> None:
+                driver.stop(queue)
+                nonlocal unsettled
+                unsettled += driver.nic.card.queues[queue].enabled
+                raw = driver.function.region_read(LIVE_MIGRATION_BAR, RING_STATE[queue], 2)
+                base.append(int.from_bytes(raw, "little"))
+
+            for one in into:
+                driver.cable.network.send(one)
+            for one in out:
+                driver.send(one)
+            client.meanwhile = Interrupter(moment, stop_and_read)
+            driver.settle()
+            last = not base
+            if last:
+                stop_and_read()
+            assert not driver.enabled(queue)
+            driver.settle()
+            states = [driver.state(number) for number in range(3)]
+            assert states[queue] & 0xFFFF == base[0]
+            sent, received = driver.sent(), driver.received()
+            ring = driver.tx if queue == TX_QUEUE else driver.rx
+            driver.tx.used()
+            assert ring.used_seen == base[0], "what was read is what the driver sees, and goes on to see"
+            if reset:
+                driver.start_over(states, "last_avail alone")
+            else:
+                driver.write(COMMON + SELECT, 2, queue)
+                driver.write(COMMON + ENABLE, 2, 1)
+            driver.settle()
+            again, more = driver.sent(), driver.received()
+            driver.tx.used()
+            assert len(driver.tx.free) == driver.tx.size
+            if not reset:
+                assert (sent + again, received + more) == (out, into), "each once"
+            elif queue == TX_QUEUE:
+                assert again == out[base[0] :], "those that the driver did not see go out again"
+            else:
+                assert received == into[: base[0]]
+                assert more == into[len(into) - len(more) :], "those in the card's hands went with the reset"
+            moment += 1
+    assert unsettled, "at some moment a chain was in flight"
+
+
 def test_a_look_at_a_queue_that_comes_to_rest_leaves_its_rings_where_a_burst_has_them() -> None:
     """What the burst waits for belongs into its copies, though the rings themselves are here by now."""
     with asking(buffers=1) as (driver, client):
