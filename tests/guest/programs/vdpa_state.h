@@ -5,7 +5,7 @@
 #include "vdpa_net.h"
 
 /* How the queues are stopped and go on. */
-enum { SEND_FIRST, RECEIVE_FIRST, WITHOUT_RESET, REOPENED, WAYS };
+enum { WITHOUT_RESET, SEND_FIRST, RECEIVE_FIRST, REOPENED, WAYS };
 
 /* Before the end of the indices' circle, so that they go round in the middle of it all. */
 enum { BEGIN = 0xfe00, ROUNDS = 24, MOVING = 40, WAITING = 8 };
@@ -21,6 +21,15 @@ static uint16_t get_base(const struct net *net, int index)
 
     demand("get_base", !get_of_queue(net->fd, VHOST_GET_VRING_BASE, index, &base));
     return base;
+}
+
+/* Wait until the ring shows what the card has told: its write may still be on its way. */
+static void shows(const struct queue *queue, uint16_t base)
+{
+    uint64_t end = now_ns() + PATIENCE_MS * 1000000ull;
+
+    while (queue->used->idx != base && now_ns() < end)
+        usleep(100);
 }
 
 /*
@@ -41,8 +50,10 @@ static void stop_in_traffic(struct net *net, int way, uint16_t *bases)
     disable(net, TX);
     disable(net, RX);
     disable(net, CONTROL);
-    for (int index = 0; index < QUEUES; index++)
+    for (int index = 0; index < QUEUES; index++) {
         bases[index] = get_base(net, index);
+        shows(&net->queues[index], bases[index]);
+    }
     net->wrong += (uint16_t)(bases[TX] - running) > MOVING;
 }
 
@@ -73,10 +84,10 @@ static void show_stop(const struct net *net, const uint16_t *bases)
     show_host(text);
 }
 
-static void state(const char *path)
+static void rounds(const char *path, int ways)
 {
     uint16_t bases[QUEUES] = { BEGIN, BEGIN, BEGIN };
-    int in_rings = 0, under_way = 0, obeys = 0;
+    int in_rings = 0, under_way = 0, obeys = 0, receive_first = ways > RECEIVE_FIRST ? ROUNDS / ways : 0;
     bool well = true;
     struct net net;
 
@@ -86,9 +97,9 @@ static void state(const char *path)
     fill_receive_ring(&net);
     kick(&net, RX);
     for (int round = 0; round < ROUNDS && well; round++) {
-        int way = round % WAYS;
+        int way = round % ways;
 
-        net.by_doorbell = round / WAYS % 2;
+        net.by_doorbell = round / ways % 2;
         stop_in_traffic(&net, way, bases);
         put_frames(&net, WAITING);
         put_command(&net, round % 2);
@@ -101,14 +112,27 @@ static void state(const char *path)
         well = all_back(&net);
         obeys += obeyed(&net);
     }
-    step("rounds", well && get_status(net.fd) == DRIVER_OK, "%d of %d frames, %d wrong", net.received, net.sent, net.wrong);
+    step("rounds", well && get_status(net.fd) == DRIVER_OK, "%d of %d frames, %d wrong", net.received, net.sent,
+         net.wrong);
     step("commands", obeys == ROUNDS, "%d of %d", obeys, ROUNDS);
     step("in_rings_at_stops", in_rings >= ROUNDS * WAITING, "%d frames", in_rings);
-    step("under_way_at_stops", under_way >= ROUNDS / WAYS * MOVING, "%d frames", under_way);
+    step("under_way_at_stops", under_way >= receive_first * MOVING, "%d frames", under_way);
     step("indices_went_round", net.queues[TX].used->idx < BEGIN && net.queues[RX].used->idx < BEGIN, "%d",
          net.queues[TX].used->idx);
-    show_host("state");
+    show_host("rounds");
     net_close(&net);
+}
+
+/* With a reset in most rounds, after which the card has nothing but what it is told. */
+static void state(const char *path)
+{
+    rounds(path, WAYS);
+}
+
+/* Without one. */
+static void pauses(const char *path)
+{
+    rounds(path, WITHOUT_RESET + 1);
 }
 
 /*

@@ -4,6 +4,7 @@
  *   vhost_vdpa questions DEVICE   every call, and what it answers
  *   vhost_vdpa frames DEVICE      send and receive, by eventfds and by the doorbells' own pages
  *   vhost_vdpa state DEVICE       stop in the middle of traffic, read ring state, and go on from there
+ *   vhost_vdpa pauses DEVICE      the same without a reset
  *   vhost_vdpa hostile DEVICE     ring state that the rings belie
  *
  * The card's peer sends every frame back. DEVICE is a character device. Steps are told as steps.h has it.
@@ -82,7 +83,7 @@ static void memory_goes(struct net *net)
 }
 
 /* Steps: a queue that is disabled leaves its ring alone, and goes on with it when it is enabled again. */
-static void pauses(struct net *net)
+static void pause_sending(struct net *net)
 {
     bool well;
     int put;
@@ -110,13 +111,13 @@ static void frames(const char *path)
     frames_by("by_kick_eventfd", &net, false);
     frames_by("by_doorbell_page", &net, true);
     calls(&net);
-    put_command(&net, true);
+    put_command(&net, false);
     kick(&net, CONTROL);
-    step("command", obeyed(&net), "promiscuous");
+    step("command", obeyed(&net), "not promiscuous");
     link_is("link_down", &net, 0);
     link_is("link_up", &net, VIRTIO_NET_S_LINK_UP);
     memory_goes(&net);
-    pauses(&net);
+    pause_sending(&net);
     running_questions(net.fd);
     frame_signals("frame_after_questions", &net, true);
     show_host("frames");
@@ -129,7 +130,11 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(const char *path);
-    } parts[] = { { "questions", questions }, { "frames", frames }, { "state", state }, { "hostile", hostile } };
+    } parts[] = { { "questions", questions },
+                  { "frames", frames },
+                  { "state", state },
+                  { "pauses", pauses },
+                  { "hostile", hostile } };
     char end[64];
 
     for (unsigned n = 0; n < sizeof parts / sizeof *parts; n++) {
@@ -140,6 +145,6 @@ int main(int argc, char **argv)
             return 0;
         }
     }
-    fprintf(stderr, "usage: vhost_vdpa questions|frames|state|hostile DEVICE\n");
+    fprintf(stderr, "usage: vhost_vdpa questions|frames|state|pauses|hostile DEVICE\n");
     return 2;
 }

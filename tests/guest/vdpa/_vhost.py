@@ -25,7 +25,7 @@ PATIENCE: Final = 120  # seconds for some ten on an idle machine
 
 ROUNDS: Final = 24
 BEGIN: Final = 0xFE00
-"""Of the program's part `state`."""
+"""Of the program's parts `state` and `pauses`."""
 
 HOSTILE: Final = (
     *("tx_ahead", "tx_far_behind", "tx_ffff"),
@@ -34,15 +34,17 @@ HOSTILE: Final = (
 )
 """Ring state that is not so, of the program's part of that name."""
 
-_QUESTIONS: Final = ("map", "unmap")
-_FRAMES: Final = (
-    *("mapped", "by_kick_eventfd", "by_doorbell_page", "link_down", "link_up"),
-    *("invalidated", "disabled", "frames", "closed"),
-)
-_STATE: Final = (*["stopped"] * ROUNDS, "state", "hostile")
-
-SHOWN: Final = {IFCVF: (*_QUESTIONS, *_FRAMES, *_STATE), VP_VDPA: (*_QUESTIONS, *_FRAMES)}
-"""When the program shows the host how things are, in its order. vp_vdpa takes no ring state from anybody."""
+SHOWN: Final = {
+    "questions": ("map", "unmap"),
+    "frames": (
+        *("mapped", "by_kick_eventfd", "by_doorbell_page", "link_down", "link_up"),
+        *("invalidated", "disabled", "frames", "closed"),
+    ),
+    "state": (*["stopped"] * ROUNDS, "rounds"),
+    "pauses": (*["stopped"] * ROUNDS, "rounds"),
+    "hostile": ("hostile",),
+}
+"""When each part of the program shows the host how things are, in its order."""
 
 _DEVICE: Final = "/dev/vhost-vdpa-0"
 _LENGTH: Final = struct.Struct(">I")
@@ -55,13 +57,26 @@ class Setting:
 
     processors: int
     profiles: dict[Parent, str]
-    vector_per_queue: bool
+    vector_per_queue: bool = True
     """Whether ifcvf has an interrupt for each queue."""
+    shared: bool = True
+    """Whether cards have a descriptor of the guest's memory, or have to ask for what is there."""
+
+    def parts(self, parent: Parent) -> tuple[str, ...]:
+        """What the program does with a parent. vp_vdpa takes no ring state from anybody; and of what a card
+        holds in its hands while it asks for memory, a reset lets go.
+        """
+        if parent is VP_VDPA:
+            return "questions", "frames"
+        return "questions", "frames", "state" if self.shared else "pauses", "hostile"
 
 
 SETTINGS: Final = {
-    "a vector each": Setting(4, {IFCVF: "n3000", VP_VDPA: "virtio"}, True),
-    "one vector": Setting(1, {IFCVF: "c5000x:vectors=one", VP_VDPA: "n3000"}, False),
+    "a vector each": Setting(4, {IFCVF: "n3000", VP_VDPA: "virtio"}),
+    "one vector": Setting(1, {IFCVF: "c5000x:vectors=one", VP_VDPA: "n3000"}, vector_per_queue=False),
+    "memory by message": Setting(
+        1, {IFCVF: "n3000", VP_VDPA: "c5000x"}, vector_per_queue=False, shared=False
+    ),
 }
 
 
@@ -95,6 +110,7 @@ class Look:
 class Seen:
     """What was seen of one parent."""
 
+    parent: Parent
     card: ServedCard
     steps: dict[str, Step] = field(default_factory=dict)
     looks: dict[str, list[Look]] = field(default_factory=dict)
@@ -161,7 +177,7 @@ async def _send_back(stream: trio.SocketStream, seen: Seen) -> None:
 
 
 @asynccontextmanager
-async def _served(folder: Path, profile: str) -> AsyncIterator[Seen]:
+async def _served(parent: Parent, folder: Path, profile: str) -> AsyncIterator[Seen]:
     """A card with a peer that sends everything back."""
     peers = folder / "peer.sock"
     with trio.socket.socket(trio.socket.AF_UNIX) as listener:
@@ -172,7 +188,7 @@ async def _served(folder: Path, profile: str) -> AsyncIterator[Seen]:
             serve_cards(folder, [port], profile=parse_profile(profile)) as (card,),
             trio.open_nursery() as nursery,
         ):
-            seen = Seen(card)
+            seen = Seen(parent, card)
             peer, _ = await listener.accept()
             with peer:
                 nursery.start_soon(_send_back, trio.SocketStream(peer), seen)
@@ -180,17 +196,16 @@ async def _served(folder: Path, profile: str) -> AsyncIterator[Seen]:
                 nursery.cancel_scope.cancel()
 
 
-def _script() -> str:
+def _script(setting: Setting) -> str:
     """Each parent takes a card of its own, and the program does its parts with each in turn."""
     lines = ["modprobe vhost_vdpa", "install -m 755 /run/files/vhost_vdpa /bin/vhost_vdpa"]
-    for number, parent in enumerate(SHOWN):
-        parts = ["questions", "frames", *(["state", "hostile"] if "state" in SHOWN[parent] else [])]
+    for number, parent in enumerate(setting.profiles):
         lines += [
             parent.take(number),
             ADD,
             f"wait_for 10 test -e {_DEVICE}",
             f"echo parent {parent}",
-            *(f"vhost_vdpa {part} {_DEVICE}" for part in parts),
+            *(f"vhost_vdpa {part} {_DEVICE}" for part in setting.parts(parent)),
             f"vdpa dev del {VDPA}",
         ]
     return "\n".join(lines)
@@ -200,14 +215,15 @@ async def watch(root: Root, setting: Setting, folders: dict[Parent, Path]) -> St
     """Run a guest from its start to its end; each parent's card has its sockets in a folder of its own."""
     accel = await accelerator(root)
     async with (
-        _served(folders[IFCVF], setting.profiles[IFCVF]) as by_ifcvf,
-        _served(folders[VP_VDPA], setting.profiles[VP_VDPA]) as by_vp_vdpa,
+        _served(IFCVF, folders[IFCVF], setting.profiles[IFCVF]) as by_ifcvf,
+        _served(VP_VDPA, folders[VP_VDPA], setting.profiles[VP_VDPA]) as by_vp_vdpa,
         boot(
-            _script(),
+            _script(setting),
             [by_ifcvf.card.socket, by_vp_vdpa.card.socket],
             root=root,
             accel=accel,
             smp=setting.processors,
+            shared=setting.shared,
             kernel_args=f"{KERNEL_ARGS} intel_iommu=on",
             qemu_args=[*IOMMU, *(SPLIT_IRQCHIP if accel == "kvm" else [])],
             files={"vhost_vdpa": program("vhost_vdpa")},
@@ -217,7 +233,7 @@ async def watch(root: Root, setting: Setting, folders: dict[Parent, Path]) -> St
         story = Story(setting, {IFCVF: by_ifcvf, VP_VDPA: by_vp_vdpa})
         for parent, seen in story.parents.items():
             with kept_warnings(seen.warnings):
-                for name in SHOWN[parent]:
+                for name in (name for part in setting.parts(parent) for name in SHOWN[part]):
                     said = await guest.expect(name)
                     seen.looks.setdefault(name, []).append(_look(seen, said))
                     if name in ("link_down", "link_up"):
