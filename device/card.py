@@ -112,7 +112,9 @@ class NetworkCard:
         )
         self.live_migration: LiveMigration | None = None
         if profile.has_live_migration:
-            self.live_migration = LiveMigration(self.queues, dma, profile.ring_layout)
+            self.live_migration = LiveMigration(
+                self.queues, dma, profile.ring_layout, lambda: self.transport.running
+            )
             self.transport.on_reset = self.live_migration.reset
             bar4.claim(0, LIVE_MIGRATION_SIZE, self.live_migration, name="live migration")
         self.function.on_reset = self.reset

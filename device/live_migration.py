@@ -92,12 +92,19 @@ class LiveMigration:
 
     Ring state is that of the queues themselves: of one that runs, how far it has got, without chains in
     flight; of one that was stopped, where another card has to go on. Reading it by 16 bits ends a stop. It is
-    written before a queue is enabled, and not taken after. Who writes last_avail alone says that nothing is
-    in flight: the used index is set to the same.
+    written before a queue runs, which is when it is enabled and the driver has said DRIVER_OK, and not taken
+    after. Who writes last_avail alone says that nothing is in flight: the used index is set to the same.
     """
 
-    def __init__(self, queues: Sequence[VirtQueue], dma: DmaWindows, layout: RingLayout) -> None:
+    def __init__(
+        self,
+        queues: Sequence[VirtQueue],
+        dma: DmaWindows,
+        layout: RingLayout,
+        driver_ok: Callable[[], bool],
+    ) -> None:
         self._queues = tuple(queues)
+        self._driver_ok = driver_ok
         self.log = GuestLog(dma)
         by_words, by_others = _LAYOUTS[layout]
         self._by_words = DeclaredRegisters(by_words, self)
@@ -186,14 +193,14 @@ class LiveMigration:
         return self._queue(queue).last_avail
 
     def _set_last_avail(self, queue: int, value: int) -> None:
-        if not self._queue(queue).enabled:
+        if not (self._queue(queue).enabled and self._driver_ok()):
             self._queues[queue].place(value, value)
 
     def _get_used_index(self, queue: int) -> int:
         return self._queue(queue).used_index
 
     def _set_used_index(self, queue: int, value: int) -> None:
-        if not self._queue(queue).enabled:
+        if not (self._queue(queue).enabled and self._driver_ok()):
             self._queues[queue].place(self._queues[queue].last_avail, value)
 
     # --- moving to another card

@@ -96,9 +96,7 @@ cdef class VirtQueue(Rings):
             self.disable()
 
     def place(self, uint16_t last_avail, uint16_t used_index):
-        """Where a queue that is not enabled goes on when it is; DeviceError(EBUSY) for one that is."""
-        if self.enabled:
-            raise DeviceError(errno.EBUSY, f"queue {self.index} is enabled")
+        """Where a queue that does not run goes on when it does. What was in flight is forgotten."""
         self._changed()
         self.next_avail, self.used_index = last_avail, used_index
         self.owed_count = 0

@@ -83,7 +83,7 @@ class Model(Protocol):
 
 @dataclass(slots=True)
 class QueueSetup:
-    """What the driver wrote for a queue before enabling it."""
+    """What the driver wrote for a queue: in use from when it is enabled, and from DRIVER_OK."""
 
     size: int
     desc: int = 0
@@ -151,7 +151,10 @@ class VirtioPciTransport:
             new &= ~Status.FEATURES_OK
         if not new & Status.FEATURES_OK:
             new &= ~Status.DRIVER_OK  # nothing was agreed on that a device could start with (3.1.1)
-        starts = new & Status.DRIVER_OK and not self.status & Status.DRIVER_OK
+        starts = new & Status.DRIVER_OK and not self.running
+        if starts:
+            self._take_settings()
+            new |= self.status & Status.NEEDS_RESET
         self.status = new
         if starts:
             self.model.driver_ready(self.driver_features)
@@ -198,6 +201,22 @@ class VirtioPciTransport:
             for queue in self.queues:
                 if queue.enabled:
                     self.lines.signal(Isr.QUEUE, queue.vector)
+
+    @property
+    def running(self) -> bool:
+        """Whether the driver said DRIVER_OK; until then the card leaves the rings of enabled queues alone."""
+        return bool(self.status & Status.DRIVER_OK)
+
+    def _take_settings(self) -> None:
+        """Let queues that are enabled already start on what was written last, before or after that.
+
+        Drivers are to enable a queue after everything else (4.1.4.3.2). QEMU's vhost-vdpa enables it first,
+        and Linux's ifcvf and vp_vdpa hand that on as it comes.
+        """
+        for index, queue in enumerate(self.queues):
+            if queue.enabled:
+                queue.disable()
+                self.enable_queue(index)
 
     def enable_queue(self, index: int) -> None:
         """Start a queue on what the driver wrote; a refusal leaves it disabled and asks for a reset."""
@@ -338,7 +357,7 @@ class CommonConfig(DeclaredRegisters):
 
     def _set_queue_size(self, value: int) -> None:
         setup, queue = self._setup, self._queue
-        if setup and queue and not queue.enabled:
+        if setup and queue and not (queue.enabled and self._t.running):
             setup.size = value
 
     def _get_queue_msix_vector(self) -> int:

@@ -12,6 +12,7 @@ from device.card import NetworkCard
 from device.function import ResetKind
 from device.live_migration import LogStatus
 from device.profiles import LIVE_MIGRATION_BAR, LIVE_MIGRATION_SIZE, parse_profile
+from device.virtio.transport import Status
 from tests.device.driver_side import DriverRing, GuestMemory, guest_memory
 from tests.device.migration.moves import move
 from tests.device.test_card import Quiet
@@ -132,13 +133,17 @@ def test_no_access_can_fail(layout: str, written: list[tuple[int, int, int]]) ->
     block.function.close()
 
 
-def test_an_enabled_queue_shows_where_it_is_and_does_not_let_itself_be_moved(
+def test_a_queue_that_runs_shows_where_it_is_and_does_not_let_itself_be_moved(
     block: Block, memory: GuestMemory
 ) -> None:
+    """Until DRIVER_OK it does: not every driver enables it last."""
     queue = block.card.queues[0]
     ring = DriverRing(memory, 4)
-    block.write(IN_PAIRS[0], 4, 0x0005_0005)
+    block.write(IN_PAIRS[0], 4, 0x0004_0004)
     queue.enable(4, *ring.addresses)
+    block.write(IN_PAIRS[0], 4, 0x0005_0005)
+    assert block.read(IN_PAIRS[0], 4) == 0x0005_0005
+    block.card.transport.status = Status.DRIVER_OK
     block.write(IN_PAIRS[0], 4, 0)
     block.write(IN_WORDS[0], 2, 0)
     assert block.read(IN_PAIRS[0], 4) == 0x0005_0005

@@ -404,11 +404,15 @@ def test_a_queue_waits_for_what_its_driver_has_not_seen(world: World) -> None:
     assert not world.queue.enabled
 
 
-def test_only_a_queue_that_is_not_enabled_can_be_placed(world: World) -> None:
-    with pytest.raises(DeviceError) as refusal:
-        world.queue.place(1, 1)
-    assert refusal.value.errno == errno.EBUSY
-    assert world.queue.last_avail == 0
+def test_a_queue_that_is_enabled_goes_on_where_it_is_placed(world: World) -> None:
+    """Where a driver enables it before it says from where."""
+    world.queue.place(0xFFFF, 0xFFFF)
+    assert (world.queue.last_avail, world.queue.used_index) == (0xFFFF, 0xFFFF)
+    world.queue.place(0, 0)
+    head = world.ring.add([world.buffer(b"one")])
+    chain = world.queue.pop()
+    assert chain is not None
+    assert (chain.head, chain.read()) == (head, b"one")
 
 
 def test_what_is_enabled_again_or_reset_is_not_stopping(world: World) -> None:

@@ -230,6 +230,7 @@ def test_doorbells_are_a_page_a_queue(device: Device) -> None:
 
 
 def test_writing_zero_to_queue_enable_disables_the_queue(device: Device) -> None:
+    device.start()
     device["queue_enable"] = 0
     device["queue_size"] = 64
     device["queue_enable"] = 1
@@ -238,6 +239,32 @@ def test_writing_zero_to_queue_enable_disables_the_queue(device: Device) -> None
     assert device["queue_size"] == 64
     device["queue_enable"] = 0
     assert device["queue_enable"] == 0
+
+
+def test_a_queue_that_was_enabled_first_starts_on_what_is_written_until_driver_ok(device: Device) -> None:
+    """As QEMU's vhost-vdpa does it."""
+    device["queue_enable"] = 1
+    assert device.accept(OFFERED) & Status.FEATURES_OK
+    written = {"queue_size": 64, "queue_desc": 0x10000, "queue_driver": 0x20000, "queue_device": 0x30000}
+    for name, value in written.items():
+        device[name] = value
+    device["device_status"] = device["device_status"] | Status.DRIVER_OK
+    queue = device.transport.queues[0]
+    assert queue.enabled
+    assert (queue.size, queue.descriptor_address) == (64, 0x10000)
+    assert (queue.driver_address, queue.device_address) == (0x20000, 0x30000)
+    assert queue.event_index
+    assert device.model.calls == [("ready", OFFERED)]
+    assert not device.transport.queues[1].enabled
+
+
+def test_a_queue_that_was_enabled_first_and_cannot_run_asks_for_a_reset(device: Device) -> None:
+    device["queue_enable"] = 1
+    assert device.accept(OFFERED) & Status.FEATURES_OK
+    device["queue_size"] = 3
+    device["device_status"] = device["device_status"] | Status.DRIVER_OK
+    assert device["queue_enable"] == 0
+    assert device["device_status"] & Status.NEEDS_RESET
 
 
 @pytest.mark.parametrize(
