@@ -9,7 +9,7 @@ from collections.abc import Callable
 from device.errors import DeviceError
 from device.virtio._split import VirtQueue
 from device.virtio.chain import DescriptorChain
-from device.virtio.net import Ack, ControlClass, MacCommand, RxCommand
+from device.virtio.net import Ack, AnnounceCommand, ControlClass, MacCommand, RxCommand
 from firmware._filter import ReceiveFilter
 
 log = logging.getLogger("trionic.control")
@@ -35,14 +35,22 @@ class RefusedError(Exception):
 
 
 class ControlQueue:
-    """Executes commands on `receive_filter`; `set_mac` is told of a new address for the card."""
+    """Executes commands on `receive_filter`; `set_mac` is told of a new address for the card.
+
+    `announced` is told that the driver made itself known to the network, and says whether it was asked to.
+    """
 
     def __init__(
-        self, queue: VirtQueue, receive_filter: ReceiveFilter, set_mac: Callable[[bytes], None]
+        self,
+        queue: VirtQueue,
+        receive_filter: ReceiveFilter,
+        set_mac: Callable[[bytes], None],
+        announced: Callable[[], bool],
     ) -> None:
         self.queue = queue
         self._filter = receive_filter
         self._set_mac = set_mac
+        self._announced = announced
         self._refusals_left = MAX_REFUSALS_TOLD
         self._interrupt = False
         self.unfinished = False
@@ -108,6 +116,9 @@ class ControlQueue:
                 unicast, rest = _table(request[2:])
                 multicast, rest = _table(rest)
                 self._filter.set_tables(unicast, multicast)
+            case (ControlClass.ANNOUNCE, AnnounceCommand.ACK) if len(request) == 2:
+                if not self._announced():
+                    raise RefusedError("an announcement that the card did not ask for")
             case _:
                 raise RefusedError(f"class and command {request[:2].hex(' ')}, {len(request)} bytes")
 

@@ -18,7 +18,7 @@ from device.profiles import N3000, Profile
 from device.revocation import Revocation
 from device.virtio.features import Feature
 from device.virtio.net import CONTROL_QUEUE, MAX_MTU, MIN_MTU, RX_QUEUE, TX_QUEUE, LinkStatus, NetConfig
-from device.virtio.transport import Isr
+from device.virtio.transport import Isr, Status
 from firmware._datapath import DataPath
 from firmware._filter import ReceiveFilter
 from firmware.control import ControlQueue
@@ -41,6 +41,7 @@ BASE_FEATURES = (
     | Feature.NET_CTRL_RX
     | Feature.NET_CTRL_RX_EXTRA
     | Feature.NET_CTRL_MAC_ADDR
+    | Feature.NET_GUEST_ANNOUNCE
     | Feature.NET_CSUM  # completed by the data path where the port cannot
     | Feature.NET_GUEST_CSUM
 )
@@ -117,7 +118,7 @@ class Nic:
         )
         self.function: PciFunction = self.card.function
         queues = self.card.queues
-        self.control = ControlQueue(queues[CONTROL_QUEUE], self.filter, self._set_mac)
+        self.control = ControlQueue(queues[CONTROL_QUEUE], self.filter, self._set_mac, self._announced)
         self.datapath = DataPath(
             self.function.gate,
             self.function.dma,
@@ -134,6 +135,7 @@ class Nic:
         self._allow_dma()
         self.datapath.poll_ns = 1000 * busy_poll_us
         self._attached: int | None = None
+        self._arrived = False
         self._control_broken = False
         self._executing = False
         self._commands = trio.Event()
@@ -180,8 +182,9 @@ class Nic:
             self.datapath.halt()
             self.port.set_offloads(Offload(0))
             log.info("%s: driver gone", self.name)
-        self._control_broken = False
+        self._arrived = self._control_broken = False
         self.config.mac = self._permanent_mac
+        self.config.status &= ~LinkStatus.ANNOUNCE
         self.filter.reset(self._permanent_mac)
 
     def notified(self, queue: int) -> None:
@@ -214,7 +217,9 @@ class Nic:
                     os.eventfd_write(self.datapath.event_fd, 1)  # after whatever else waits for its turn
             finally:
                 self._executing = False
-                if self.function.dma.guest_log_owed:  # the card changed while the client was asked to write it
+                if (
+                    self.function.dma.guest_log_owed
+                ):  # the card changed in the middle of it
                     self.datapath.wake()
 
     def _allow_dma(self) -> None:
@@ -232,8 +237,25 @@ class Nic:
     def _go_on(self) -> None:
         """The card was stopped, or is another one now: look at everything, and say everything again."""
         self._follow_port()
+        if self._arrived:
+            self._arrived = False
+            self._ask_to_announce()
         self.card.transport.resignal()
         self._allow_dma()
+
+    def _ask_to_announce(self) -> None:
+        """The driver is somewhere else in its network now, which hears of it from the driver (5.1.6.5.4)."""
+        transport = self.card.transport
+        if transport.status & Status.DRIVER_OK and transport.driver_features & Feature.NET_GUEST_ANNOUNCE:
+            self.config.status |= LinkStatus.ANNOUNCE
+            transport.config_differs()
+
+    def _announced(self) -> bool:
+        """The driver has done so; whether it was to."""
+        asked = LinkStatus.ANNOUNCE in self.config.status
+        self.config.status &= ~LinkStatus.ANNOUNCE
+        self.card.transport.config_differs()
+        return asked
 
     def _set_mac(self, mac: bytes) -> None:
         self.config.mac = mac
@@ -283,7 +305,7 @@ class Nic:
         """What makes this the card that saved `data`; ValueError if none did.
 
         The address goes along, until the client is lost; the link is that of the port here, and if it
-        differs the driver is told.
+        differs the driver is told. It is asked to announce itself when the card runs.
         """
         if len(data) != _SAVED.size:
             raise ValueError(f"{len(data)} bytes of {_SAVED.size}")
@@ -291,7 +313,7 @@ class Nic:
         if (
             permanent_mac[0] & 1
             or not any(permanent_mac)
-            or status not in (0, LinkStatus.LINK_UP)
+            or status & ~int(LinkStatus.LINK_UP | LinkStatus.ANNOUNCE)
             or broken > 1
         ):
             raise ValueError("what no card shows its driver")
@@ -300,6 +322,7 @@ class Nic:
             self.config.mac, self._permanent_mac = mac, permanent_mac
             self.config.status = LinkStatus(status)
             self._control_broken = bool(broken)
+            self._arrived = True
 
         return apply
 

@@ -18,7 +18,7 @@ class LinkStatus(IntFlag):
     """The `status` field of the configuration space."""
 
     LINK_UP = 1
-    ANNOUNCE = 2
+    ANNOUNCE = 2  # the driver is to tell the network where it is (5.1.6.5.4)
 
 
 class ControlClass(IntEnum):
@@ -48,6 +48,12 @@ class MacCommand(IntEnum):
 
     TABLE_SET = 0
     ADDR_SET = 1
+
+
+class AnnounceCommand(IntEnum):
+    """Commands of ControlClass.ANNOUNCE, which carry nothing."""
+
+    ACK = 0
 
 
 class Ack(IntEnum):

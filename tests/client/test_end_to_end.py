@@ -18,6 +18,8 @@ import trio
 import client
 from client.pci import read_config
 from client.virtio import NetDriver, RxMode, Wiring, open_net
+from client.virtio.config import read_net_config
+from client.virtio.features import Feature
 from client.virtio.transport import Doorbells
 from protocol import Limits
 from protocol.vfio import RegionIndex
@@ -160,6 +162,7 @@ async def test_a_card_moves_between_servers_and_no_frame_is_lost(
         client.connect(second) as target,
         open_net(source, wiring=wiring, shared=shared) as nic,
     ):
+        assert Feature.GUEST_ANNOUNCE in nic.features
         await nic.set_rx_mode(RxMode.PROMISCUOUS, True)
         sent = 0
         got: list[bytes] = []
@@ -187,6 +190,8 @@ async def test_a_card_moves_between_servers_and_no_frame_is_lost(
                         await trio.lowlevel.checkpoint()
                     report = await nic.migrate_to(there)
                     assert report.bytes_stopcopy > 0
+                    while (await read_net_config(nic._attachment.transport)).announce:
+                        await trio.lowlevel.checkpoint()  # the card asks, and is answered
                 moved.set()
         assert got == [numbered(number) for number in range(sent)]
 

@@ -45,7 +45,8 @@ class Control:
         self.queue.enable(size, *self.ring.addresses, event_index=event_index, indirect=True)
         self.filter = ReceiveFilter(OWN)
         self.macs: list[bytes] = []
-        self.control = ControlQueue(self.queue, self.filter, self.macs.append)
+        self.announces = False  # whether it was asked to
+        self.control = ControlQueue(self.queue, self.filter, self.macs.append, lambda: self.announces)
 
     def post(self, *parts: bytes, room: int = 1, indirect: bool = False) -> tuple[int, int]:
         """Make a command available; its head, and the address of its answer."""
@@ -174,6 +175,12 @@ def test_commands_that_wait_are_executed_in_their_order(control: Control) -> Non
     assert control.ring.used() == [(head, 1) for head, _ in posted]
 
 
+def test_an_announcement_is_acknowledged_when_it_was_asked_for(control: Control) -> None:
+    control.announces = True
+    assert control.execute(command(3, 0, b"\0")) == ERR
+    assert control.execute(command(3, 0)) == OK
+
+
 # --- refusals: the driver is told, and nothing else happens
 
 
@@ -192,7 +199,9 @@ REFUSED = {
     "a table longer than the command": command(MAC, TABLE_SET, struct.pack("<I", 2) + OTHER + table()),
     "a table of four billion": command(MAC, TABLE_SET, struct.pack("<I", 0xFFFFFFFF) + table()),
     "VLAN, which was not offered": command(2, 0, b"\1\0"),
-    "announcements, which were not offered": command(3, 0),
+    "an announcement that nobody asked for": command(3, 0),
+    "an announcement with something more": command(3, 0, b"\0"),
+    "an unknown command of announcements": command(3, 1),
     "queue pairs, which were not offered": command(4, 0, b"\1\0"),
     "offloads, which were not offered": command(5, 0, bytes(8)),
     "an unknown class": command(0xFF, 0, b"\1"),
@@ -297,7 +306,7 @@ def test_a_driver_that_adds_commands_without_end_gets_a_ringful_at_a_time() -> N
         control.post(command(MAC, ADDR_SET, mac))
         control.macs.append(mac)
 
-    control.control = ControlQueue(control.queue, control.filter, another)
+    control.control = ControlQueue(control.queue, control.filter, another, lambda: False)
     control.post(command(MAC, ADDR_SET, OTHER))
     control.control.service()
     assert len(control.macs) == 5

@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from device.errors import DeviceError
 from device.function import ResetKind
 from device.migration.states import DeviceState
-from device.profiles import C5000X, COMMON, N3000, VIRTIO, parse_profile
+from device.profiles import C5000X, COMMON, DEVICE_CONFIG, N3000, VIRTIO, parse_profile
+from device.virtio.features import Feature
 from device.virtio.net import RX_QUEUE, TX_QUEUE
 from device.virtio.transport import Status
 from firmware import Nic
 from firmware._cable import LOOPBACK_BUFFER
 from firmware.ports._port import MAX_FRAME
 from tests.device.migration.moves import load, migration_of, saved
-from tests.firmware.driver import CONFIG_REGION, CONFIG_VECTOR
+from tests.firmware.driver import ALL, CONFIG_REGION, CONFIG_VECTOR, Driver
 from tests.firmware.test_nic import MAC, OTHER, Cable, frame
 from tests.firmware.travellers import NONE_OWED, loopback, number, numbered, travelling
 
@@ -35,7 +36,7 @@ CARRIED = LOOPBACK_BUFFER + 4 + 12 + MAX_FRAME  # bytes of frames that go along 
 def test_registers_are_the_same_at_the_other_end() -> None:
     with travelling(lambda: Nic(Cable(), mac=MAC)) as travellers:
         driver = travellers.driver
-        driver.start()
+        driver.start(ALL & ~Feature.NET_GUEST_ANNOUNCE)
         driver.command(b"\1\1" + OTHER)
         driver.write(COMMON + 0x16, 2, 1)
         driver.write(COMMON, 4, 1)
@@ -96,11 +97,79 @@ def test_the_link_is_that_of_the_port_at_the_other_end(here: bool, there: bool) 
 
     with travelling(lambda: make(here)) as travellers:
         driver = travellers.driver
-        driver.start()
+        driver.start(ALL & ~Feature.NET_GUEST_ANNOUNCE)
         generation = driver.read(COMMON + 0x15, 1)
         travellers.move(travellers.another(lambda: make(there)))
         assert driver.link_up is there
         assert (driver.read(COMMON + 0x15, 1) != generation) == (here != there)
+
+
+ANNOUNCE_ACK = b"\3\0"
+REFUSED = 1
+
+
+def announces(driver: Driver) -> bool:
+    """Whether the driver is asked to announce itself (virtio 1.3, 5.1.4)."""
+    return bool(driver.read(DEVICE_CONFIG + 6, 2) & 2)
+
+
+def test_a_driver_that_has_moved_is_asked_to_announce_itself_until_it_has() -> None:
+    with travelling(loopback) as travellers:
+        driver = travellers.driver
+        driver.start()
+        assert not announces(driver)
+        assert driver.command(ANNOUNCE_ACK) == REFUSED
+        generation = driver.read(COMMON + 0x15, 1)
+        travellers.move(travellers.another())
+        assert driver.fired(CONFIG_VECTOR)
+        assert announces(driver)
+        assert driver.link_up
+        asked = driver.read(COMMON + 0x15, 1)
+        assert asked != generation
+        assert driver.command(ANNOUNCE_ACK) == 0
+        assert not announces(driver)
+        assert driver.read(COMMON + 0x15, 1) != asked
+        assert driver.command(ANNOUNCE_ACK) == REFUSED
+        assert driver.link_up
+
+
+def test_a_driver_that_moves_again_before_it_has_announced_itself_is_asked_still() -> None:
+    with travelling(loopback) as travellers:
+        driver = travellers.driver
+        driver.start()
+        travellers.move(travellers.another())
+        travellers.move(travellers.another())
+        assert announces(driver)
+        driver.status = 0
+        assert not announces(driver)
+
+
+def test_a_driver_that_cannot_announce_itself_is_not_asked() -> None:
+    with travelling(loopback) as travellers:
+        driver = travellers.driver
+        driver.start(ALL & ~Feature.NET_GUEST_ANNOUNCE)
+        travellers.move(travellers.another())
+        assert not announces(driver)
+
+
+def test_a_driver_that_is_not_ready_yet_is_not_asked_later() -> None:
+    with travelling(loopback) as travellers:
+        driver = travellers.driver
+        assert driver.negotiate()
+        travellers.move(travellers.another())
+        assert not announces(driver)
+        driver.start()
+        assert not announces(driver)
+
+
+def test_a_card_that_stays_where_it_is_asks_for_nothing() -> None:
+    with travelling(loopback) as travellers:
+        driver = travellers.driver
+        driver.start()
+        saved(driver.function)
+        migration_of(driver.function).set_state(S.RUNNING)
+        assert driver.fired(CONFIG_VECTOR)
+        assert not announces(driver)
 
 
 def test_features_go_to_the_port_at_the_other_end() -> None:
@@ -285,11 +354,11 @@ def test_any_bytes_are_a_cards_state_or_refused(data: bytes) -> None:
     [
         struct.pack("<6s6sHB", MAC, b"\1" + MAC[1:], 0, 0),
         struct.pack("<6s6sHB", MAC, bytes(6), 0, 0),
-        struct.pack("<6s6sHB", MAC, MAC, 2, 0),
+        struct.pack("<6s6sHB", MAC, MAC, 4, 0),
         struct.pack("<6s6sHB", MAC, MAC, 0x8001, 0),
         struct.pack("<6s6sHB", MAC, MAC, 1, 2),
     ],
-    ids=["multicast", "no address", "announcing", "a status that is none", "broken and more"],
+    ids=["multicast", "no address", "one bit too high", "a status that is none", "broken and more"],
 )
 def test_what_no_card_shows_its_driver_is_refused(data: bytes) -> None:
     with travelling(loopback) as travellers:
