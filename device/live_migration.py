@@ -48,6 +48,11 @@ class LogStatus(IntFlag):
     TOO_SMALL = 4  # a page was written whose bit would be at END or behind it
 
 
+_WRONG: Final = int(
+    LogStatus.UNREACHABLE | LogStatus.TOO_SMALL
+)  # an inverted flag has no bits but those with names
+
+
 def _ring_state(place: Callable[[int], int], queues: Iterable[int]) -> tuple[Register, ...]:
     return tuple(
         Register(name, place(queue) + offset, 2, index=queue)
@@ -223,7 +228,7 @@ class LiveMigration:
         if len(data) != _SAVED.size:
             raise ValueError(f"{len(data)} bytes of {_SAVED.size}")
         control, pairs, base, end, used_base, used_end, wrong = _SAVED.unpack(data)
-        if control not in (OFF, *ON) or wrong & ~(LogStatus.UNREACHABLE | LogStatus.TOO_SMALL):
+        if control not in (OFF, *ON) or wrong & ~_WRONG:
             raise ValueError(f"control {control} and status {wrong:#x}")
 
         def apply() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -278,6 +279,15 @@ def test_a_log_that_is_off_arrives_off(block: Block, memory: GuestMemory) -> Non
     move(block.function, other.function)
     assert (other.read(CONTROL, 4), other.read(STATUS, 8)) == (0, 0)
     other.function.close()
+
+
+@pytest.mark.parametrize(("control", "wrong"), [(2, 0), (4, 0), (0, 1), (1, 8), (3, 0x80)])
+def test_a_log_that_no_block_has_is_refused(block: Block, control: int, wrong: int) -> None:
+    part = block.card.live_migration
+    assert part is not None
+    part.stage(struct.pack("<IIQQQQB", 3, 0, 0, 0, 0, 0, 6))
+    with pytest.raises(ValueError, match="control"):
+        part.stage(struct.pack("<IIQQQQB", control, 0, 0, 0, 0, 0, wrong))
 
 
 @given(st.binary(max_size=60) | st.binary(min_size=41, max_size=41))
