@@ -1,0 +1,223 @@
+"""Vectors, ring sizes and profiles: many cards in one guest, each by the parent that takes it.
+
+How many MSI-X vectors ifcvf gets depends on the guest's processors, for it wants each on another one, and on
+how many the card has; by that it uses them in three ways. vp_vdpa wants one for each queue that has a
+callback and one for the configuration, whatever the processors.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+import pytest
+import trio
+
+from device.profiles import parse_profile
+from tests.guest import Root
+from tests.guest.cards import serve_cards
+from tests.guest.conftest import engine_config, networks
+from tests.guest.vdpa.parents import IFCVF, VP_VDPA, Parent
+from tests.guest.vdpa.story import Story
+from trionic.engines import Engine
+
+EACH: Final = ("0", "1", "2", "config")
+SHARED: Final = ("vqs-reused-irq", "config")
+ONE: Final = ("dev-irq",)
+"""How ifcvf names its interrupts: one for each queue, one for all of them, one for everything."""
+
+TWO_QUEUES: Final = ("0", "1", "config")
+"""How vp_vdpa does: virtio_net polls the control queue."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One card of a guest."""
+
+    parent: Parent
+    profile: str
+    interrupts: tuple[str, ...]
+    ring: int
+    """Descriptors of each ring that the driver makes."""
+
+
+# By the number of processors.
+PLACES: Final = {
+    1: (
+        Place(IFCVF, "n3000", ONE, 256),
+        Place(IFCVF, "c5000x:queue-size=64", ONE, 64),
+        Place(VP_VDPA, "n3000", TWO_QUEUES, 256),
+    ),
+    2: (
+        Place(IFCVF, "n3000", SHARED, 256),
+        Place(IFCVF, "c5000x:vectors=one", ONE, 1024),
+    ),
+    4: (
+        Place(IFCVF, "n3000", EACH, 256),
+        Place(VP_VDPA, "n3000", TWO_QUEUES, 256),
+        Place(IFCVF, "n3000:vectors=shared", SHARED, 256),
+        Place(IFCVF, "c5000x:vectors=one", ONE, 1024),
+        Place(IFCVF, "c5000x:queue-size=64", EACH, 64),
+        Place(IFCVF, "n3000:queue-size=32768", EACH, 32768),
+        Place(VP_VDPA, "c5000x:queue-size=64", TWO_QUEUES, 64),
+        Place(VP_VDPA, "n3000:lm=hidden", TWO_QUEUES, 256),
+        Place(VP_VDPA, "virtio", TWO_QUEUES, 256),
+    ),
+}
+
+REFUSED: Final = ("n3000:lm=hidden", "virtio")
+"""Profiles that have nothing in BAR 4, which ifcvf asks for."""
+
+SETUP: Final = """
+modprobe virtio_vdpa
+modprobe virtio_net
+modprobe ifcvf
+modprobe vp_vdpa
+"""
+
+REFUSE: Final = """
+step refused_{card}
+refused give ifcvf $(card {card})
+"""
+
+# Each stays as it is while the others come after it.
+UP: Final = """
+step interface_{card}
+give {driver} $(card {card})
+vdpa dev add name vdpa{card} mgmtdev pci/$(basename $(card {card}))
+dev=$(basename $(card {card})/virtio*/net/*)
+ip addr add 10.77.{card}.2/24 dev $dev
+ip link set $dev up
+ethtool -g $dev
+"""
+
+PING: Final = """
+step traffic_{card}
+ping -c 3 -i 0.05 -s 1400 10.77.{card}.1
+ping -c 3 -i 0.05 -s 20 10.77.{card}.1
+step interrupts_{card}
+grep PCI-MSIX-$(basename $(card {card})) /proc/interrupts
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """A guest with `PLACES` of that many processors, served by one engine."""
+
+    processors: int
+    engine: Engine
+
+    def __str__(self) -> str:
+        return f"{self.processors}-{self.engine.value}"
+
+    @property
+    def script(self) -> str:
+        places = list(enumerate(PLACES[self.processors]))
+        return "".join(
+            [
+                SETUP,
+                *(REFUSE.format(card=card) for card, place in places if place.profile in REFUSED),
+                *(UP.format(card=card, driver=place.parent.driver) for card, place in places),
+                *(PING.format(card=card) for card, _ in places),
+                "step end\n",
+            ]
+        )
+
+
+RIGS: Final = [
+    Rig(1, Engine.NATIVE),
+    Rig(2, Engine.NATIVE),
+    Rig(4, Engine.NATIVE),
+    Rig(4, Engine.LIBVFIO_USER),
+]
+
+CARDS: Final = [
+    pytest.param(rig, card, id=f"{rig}-{place.parent}-{place.profile}")
+    for rig in RIGS
+    for card, place in enumerate(PLACES[rig.processors])
+]
+
+
+@pytest.fixture(scope="module", params=RIGS, ids=str)
+def rig(request: pytest.FixtureRequest) -> Rig:
+    """Each guest in turn."""
+    found: Rig = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def story(
+    rig: Rig, guest_root: Root, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Story:
+    """The script, run to its end in a guest with all the cards, each on a TAP device of its own."""
+    engine = engine_config(rig.engine, request)
+    places = PLACES[rig.processors]
+    refusals = ["ifcvf", "Failed to request MMIO region", "failed with error -22"]
+
+    async def tell(ports: list[str]) -> Story:
+        story = Story()
+        profiles = [parse_profile(place.profile) for place in places]
+        folder = tmp_path_factory.mktemp("vectors")
+        async with (
+            serve_cards(folder, ports, engine, profiles=profiles) as cards,
+            story.told(
+                rig.script,
+                cards,
+                guest_root,
+                engine,
+                smp=rig.processors,
+                expected_complaints=refusals[1:] if rig.processors == 4 else [],
+            ),
+        ):
+            pass
+        story.seen["counters"] = [card.counters for card in cards]
+        return story
+
+    with networks() as make:
+        made = [make(tap=f"tap{card}", subnet=f"10.77.{card}") for card in range(len(places))]
+        return trio.run(tell, [f"tap:name={network.tap},netns={network.path}" for network in made])
+
+
+def test_the_script_comes_to_its_end_and_the_kernel_has_nothing_to_say_but_refusals(story: Story) -> None:
+    assert story.step("end") == ""
+    assert story.complaints == []
+
+
+@pytest.mark.parametrize(("rig", "card"), CARDS, indirect=["rig"])
+def test_frames_of_every_card_go_both_ways(story: Story, card: int) -> None:
+    assert story.step(f"traffic_{card}").count("3 packets transmitted, 3 received, 0% packet loss") == 2
+    counters = story.seen["counters"][card]
+    assert min(counters["tx_frames"], counters["rx_frames"]) >= 6
+    assert counters["tx_dropped"] == counters["rx_dropped"] == 0
+
+
+@pytest.mark.parametrize(("rig", "card"), CARDS, indirect=["rig"])
+def test_interrupts_are_shared_out_as_there_are_vectors_and_processors(
+    rig: Rig, story: Story, card: int
+) -> None:
+    lines = story.step(f"interrupts_{card}").strip().splitlines()
+    names = [line.rpartition("]-")[2] for line in lines]
+    assert tuple(names) == PLACES[rig.processors][card].interrupts
+    counts = {
+        name: sum(map(int, re.findall(r"\d+", line.partition(":")[2].partition("PCI")[0])))
+        for name, line in zip(names, lines, strict=True)
+    }
+    for_frames = [count for name, count in counts.items() if name not in ("2", "config")]
+    assert 0 not in for_frames  # whichever it is of
+    assert counts.get("config", 0) == 0  # nothing of the configuration changed
+
+
+@pytest.mark.parametrize(("rig", "card"), CARDS, indirect=["rig"])
+def test_rings_are_as_long_as_the_profiles(rig: Rig, story: Story, card: int) -> None:
+    said = story.step(f"interface_{card}")
+    assert re.findall(r"^[RT]X:\s+(\d+)$", said, re.MULTILINE) == [str(PLACES[rig.processors][card].ring)] * 4
+
+
+@pytest.mark.parametrize("rig", [rig for rig in RIGS if rig.processors == 4], indirect=True, ids=str)
+def test_ifcvf_refuses_a_card_without_its_block_and_the_card_lives_on(rig: Rig, story: Story) -> None:
+    """As the sentences above show: vp_vdpa drives it afterwards."""
+    without = [card for card, place in enumerate(PLACES[rig.processors]) if place.profile in REFUSED]
+    assert len(without) == len(REFUSED)
+    for card in without:
+        assert "ifcvf does not take" in story.step(f"refused_{card}")
