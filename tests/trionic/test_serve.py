@@ -1,5 +1,4 @@
 import ctypes
-import errno
 import json
 import os
 import shlex
@@ -12,10 +11,8 @@ import pytest
 import trio
 
 import client
-from client.pci import read_config
 from client.virtio import Wiring, open_net
 from client.virtio.features import PLAIN, Feature
-from device.profiles import parse_profile
 from tests.server.raw import CONFIG, EVENTFD, REQ, SET_IRQS, TRIGGER, RawClient, connect, irqs
 from tests.trionic.command import PATIENCE_S, refusal, run, serving, start
 from trionic.config import derive_mac
@@ -137,38 +134,6 @@ async def test_a_card_can_take_its_memory_back(path: Path) -> None:
                 assert os.fstat(memory.fd).st_size == 16 << 20
             await session.reset()
             assert os.fstat(memory.fd).st_size == 0
-
-
-@pytest.mark.parametrize("vectors", ["per-queue", "shared", "one"])
-@pytest.mark.parametrize("name", ["n3000", "c5000x", "virtio"])
-async def test_our_driver_drives_each_profile_by_any_vectors(path: Path, name: str, vectors: str) -> None:
-    chosen = parse_profile(f"{name}:vectors={vectors}")
-    with serving("--socket", path, "--profile", chosen.text):
-        async with client.connect(path) as session, open_net(session) as nic:
-            assert (await read_config(session)).subsystem == (
-                *(chosen.identity.subsystem_vendor, chosen.identity.subsystem),
-            )
-            assert [index for index in range(6) if session.regions[index].size] == list(chosen.bars)
-            assert session.irqs[2].count == chosen.vectors.count
-            for number in range(20):
-                frame = bytes.fromhex("ffffffffffff 020000000002 0800") + bytes([number]) + bytes(50)
-                await nic.send(frame)
-                assert await nic.receive() == frame
-
-
-async def test_a_hidden_block_is_no_part_of_what_a_client_sees(path: Path) -> None:
-    with serving("--socket", path, "--profile", "c5000x:lm=hidden"):
-        async with client.connect(path) as session, open_net(session) as nic:
-            region = session.regions[4]
-            assert (region.size, region.fd, region.areas) == (0, -1, ())
-            with pytest.raises(client.ServerError) as refusal:
-                await session.region_read(4, 0, 4)
-            assert refusal.value.errno == errno.EINVAL
-            with pytest.raises(client.ServerError):
-                await session.region_write(4, 0x20, bytes(4))
-            assert await session.region_read(7, 0x20, 4) == bytes(4)
-            await nic.send(bytes(60))
-            assert await nic.receive() == bytes(60)
 
 
 async def test_many_cards_from_options(tmp_path: Path) -> None:
