@@ -6,7 +6,7 @@ import mmap
 import struct
 from typing import Final
 
-from device.profiles import COMMON, DOORBELLS
+from device.profiles import COMMON, DOORBELLS, LIVE_MIGRATION_BAR, REGISTERS_BAR
 from fuzz._choices import PAGE, Choices
 from fuzz._zoo import MEMORY_PAGES
 
@@ -24,6 +24,16 @@ BUFFERS: Final = QUEUES * RING_STRIDE
 
 Write = tuple[int, int, int]
 """(offset in BAR 0, bytes, value)."""
+
+Access = tuple[int, int, int, int]
+"""(BAR, offset, bytes, value)."""
+
+LOG_CONTROL: Final = 0x00
+LOG_STATUS: Final = 0x08
+LOG_BASE: Final = 0x10
+LOG_END: Final = 0x18
+RING_STATE: Final = (0x20, 0x22, 0x24, 0x26, 0x28, 0x2A, 0x60, 0x62)
+"""Of the live-migration block; ring state as any driver looks for it."""
 
 
 def life(choices: Choices, offered: int) -> list[Write]:
@@ -45,6 +55,33 @@ def life(choices: Choices, offered: int) -> list[Write]:
 def doorbell(queue: int) -> Write:
     """What tells the card of new chains."""
     return DOORBELLS + PAGE * queue, 2, queue
+
+
+def live_migration(choices: Choices) -> list[Access]:
+    """What a driver of the IFC VF does to its block and to single queues, at the wrong times too: ring state
+    of queues that run, logs that lie over rings or beyond all addresses, or end before they begin.
+    """
+    queue = choices.below(QUEUES)
+    match choices.below(4):
+        case 0:
+            base = choices.below(MEMORY_PAGES * PAGE) if choices.often() else choices.number(64)
+            end = base + choices.below(2 * MEMORY_PAGES // 8) if choices.often() else choices.number(64)
+            return [
+                (LIVE_MIGRATION_BAR, LOG_BASE, 8, base),
+                (LIVE_MIGRATION_BAR, LOG_END, 8, end & (1 << 64) - 1),
+                (LIVE_MIGRATION_BAR, LOG_CONTROL, 4, choices.pick((1, 3, 1, 3, 1, 2, 0xFFFF_FFFF))),
+            ]
+        case 1:
+            return [(LIVE_MIGRATION_BAR, LOG_CONTROL, 4, 0)]
+        case 2:
+            width = choices.pick((2, 4, 2, 4, 1, 8))
+            place = choices.pick(RING_STATE)
+            return [(LIVE_MIGRATION_BAR, place, width, choices.number(64) & (1 << 8 * width) - 1)]
+        case _:
+            return [
+                (REGISTERS_BAR, COMMON + 0x16, 2, queue),
+                (REGISTERS_BAR, COMMON + 0x1C, 2, choices.pick((0, 0, 0, 1, 0xFFFF))),
+            ]
 
 
 def furnish(guest: mmap.mmap) -> None:

@@ -119,6 +119,7 @@ class House:
         Raises AssertionError: HangError, LeakError, or about a mistake that was logged.
         """
         after = self.possessions()
+        self.settle()
         if self._mistakes.found:
             raise AssertionError("the server made a mistake:\n" + self._mistakes.found.pop())
         fds = after.fds - self.before.fds

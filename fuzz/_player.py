@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from fuzz._choices import PAGE, Choices
-from fuzz._driver import doorbell, furnish, life, scribble
+from fuzz._driver import doorbell, furnish, life, live_migration, scribble
 from fuzz._house import PATIENCE, HangError, House
 from fuzz._judge import Judge, cut
 from fuzz._requests import FEATURE, HEADER_SIZE, MIG_READ, MIG_WRITE, Sent, proposal, request
@@ -203,6 +203,12 @@ class Player:
         for write in life(choices, int(self.house.nic.offered_features())):
             self._write(0, *write)
 
+    def use_block(self, choices: Choices) -> None:
+        """Log, ring state and queues that stop, as a driver of the IFC VF has them."""
+        for _ in range(1 + choices.below(4)):
+            for each in live_migration(choices):
+                self._write(*each)
+
     def scribble(self, choices: Choices) -> None:
         """Change the rings behind the card's back, then ring a doorbell."""
         self._write(0, *doorbell(scribble(choices, self.zoo.guest)))
@@ -389,7 +395,9 @@ class Player:
 
 
 _ACTS: Final[tuple[Callable[[Player, Choices], None], ...]] = (
-    *(Player.ask,) * 8,
+    *(Player.ask,) * 2,
+    Player.use_block,  # here, so that what was found before is played as it was
+    *(Player.ask,) * 5,
     Player.ask_much,
     Player.ask_in_pieces,
     Player.scribble,

@@ -41,6 +41,10 @@ WRITE_MULTI, FEATURE, MIG_READ, MIG_WRITE = range(15, 19)
 
 HEADER_SIZE: Final = 16
 
+LIVE_MIGRATION_BAR: Final = 4
+BLOCK: Final = 0x80
+"""Bytes at its start with all that there is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sent:
@@ -74,7 +78,8 @@ def _register(choices: Choices) -> tuple[int, int]:
     if region == 0:
         block = choices.pick((0x0, 0x0, 0x1000, 0x2000, 0x3000, 0x4000, 0x5000, 0x6000, 0x7000))
         return region, block + choices.below(0x48)
-    return region, choices.below(PAGE)
+    offset = choices.below(PAGE)
+    return region, offset % BLOCK if region == LIVE_MIGRATION_BAR else offset
 
 
 def _dma_map(choices: Choices, zoo: Zoo) -> tuple[bytes, list[int]]:

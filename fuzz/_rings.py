@@ -9,6 +9,7 @@ from typing import Final
 from device.dma.remote import Wanted, always
 from device.errors import DeviceError
 from device.function import PciFunction, ResetKind
+from device.profiles import LIVE_MIGRATION_BAR
 from device.virtio.transport import Status
 from firmware import Nic
 from firmware.ports import open_port
@@ -16,12 +17,17 @@ from fuzz._choices import PAGE, Choices
 from fuzz._driver import (
     DEVICE_AREA,
     DRIVER_AREA,
+    LOG_BASE,
+    LOG_CONTROL,
+    LOG_END,
+    LOG_STATUS,
     QUEUES,
     RING_STRIDE,
     Write,
     doorbell,
     furnish,
     life,
+    live_migration,
     scribble,
 )
 from fuzz._zoo import MEMORY_PAGES, Zoo
@@ -32,6 +38,7 @@ BURSTS: Final = 64
 """After so many in a row without anything new from the driver, the card works on nothing."""
 
 SIZE: Final = MEMORY_PAGES * PAGE
+LOG_SIZE: Final = MEMORY_PAGES // 8
 FRAME: Final = bytes(range(60)).replace(bytes(range(6)), b"\xff" * 6)
 NET_HEADER: Final = 12
 
@@ -144,6 +151,10 @@ class Rings:
                 self._write((STATUS, 1, choices.byte()))
             case 6:
                 self._nic.set_link(bool(choices.byte() & 1))
+            case 7 | 8 | 9:
+                for bar, offset, width, value in live_migration(choices):
+                    self._function.region_write(bar, offset, value.to_bytes(width, "little"))
+                    self._function.region_read(bar, offset, width)
             case _:
                 queue = scribble(choices, self._zoo.guest)
                 self.exchanges += 1
@@ -169,15 +180,20 @@ class Rings:
         for queue in self._nic.card.queues:
             if queue.fault is not None and not isinstance(queue.fault, str):
                 raise AssertionError(f"queue {queue.index} is broken without a reason: {queue.fault!r}")
+        (status,) = self._function.region_read(LIVE_MIGRATION_BAR, LOG_STATUS, 1)
+        if status & ~0b111:
+            raise AssertionError(f"the log's status is {status:#x}")
 
     def _honest(self) -> None:
-        """After a reset the card carries a frame."""
+        """After a reset the card carries a frame, and logs where it wrote."""
         transport = self._nic.card.transport
         if transport.status != Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK:
             raise AssertionError(f"the next driver gets no further than {transport.status!r}")
         self._nic.set_link(True)
         guest = self._zoo.guest
-        room, frame = SIZE - 2 * PAGE, SIZE - PAGE
+        room, frame, log = SIZE - 2 * PAGE, SIZE - PAGE, SIZE - 3 * PAGE
+        for offset, width, value in ((LOG_BASE, 8, log), (LOG_END, 8, log + LOG_SIZE), (LOG_CONTROL, 4, 1)):
+            self._function.region_write(LIVE_MIGRATION_BAR, offset, value.to_bytes(width, "little"))
         guest[frame : frame + NET_HEADER + len(FRAME)] = bytes(NET_HEADER) + FRAME
         for queue, (address, length, flags) in enumerate(
             ((room, 2048, 2), (frame, NET_HEADER + len(FRAME), 0))
@@ -190,6 +206,13 @@ class Rings:
         (used,) = struct.unpack_from("<H", guest, DEVICE_AREA + 2)
         if used != 1 or guest[room + NET_HEADER : room + NET_HEADER + len(FRAME)] != FRAME:
             raise AssertionError(f"the next driver's frame does not arrive: {used} buffers used")
+        told = int.from_bytes(guest[log : log + LOG_SIZE], "little")
+        written = 1 << room // PAGE | 1 << DEVICE_AREA // PAGE | 1 << (RING_STRIDE + DEVICE_AREA) // PAGE
+        status = self._function.region_read(LIVE_MIGRATION_BAR, LOG_STATUS, 8)
+        if written & ~told or status != b"\1".ljust(8, b"\0"):
+            raise AssertionError(
+                f"the next driver's log has {told:#x} for {written:#x}, and status {status!r}"
+            )
 
     def _map(self, choices: Choices) -> None:
         """Rings and what they point to lie in memory that is mapped or must be asked for."""
