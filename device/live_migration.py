@@ -48,9 +48,8 @@ class LogStatus(IntFlag):
     TOO_SMALL = 4  # a page was written whose bit would be at END or behind it
 
 
-_WRONG: Final = int(
-    LogStatus.UNREACHABLE | LogStatus.TOO_SMALL
-)  # an inverted flag has no bits but those with names
+# An int, for a flag that is inverted has no bits but those with names.
+_WRONG: Final = int(LogStatus.UNREACHABLE | LogStatus.TOO_SMALL)
 
 
 def _ring_state(place: Callable[[int], int], queues: Iterable[int]) -> tuple[Register, ...]:
