@@ -45,7 +45,7 @@ modprobe virtio_net
 traffic() {{
 {ADDRESSES}
     ip neigh replace {PINGED} lladdr $HOST dev $dev
-    ping -c 1 -W 20 {PINGED} > /dev/null
+    wait_for 20 ping -c 1 -W 1 {PINGED}
     ping -q -i 0.002 {PINGED} > /tmp/pinged 2>&1 &
     pinging=$!
     tell flow; await_host > /dev/null
