@@ -24,12 +24,17 @@ def steps_of(lines: Iterable[str]) -> Lines:
     return [line.split() for line in lines if not line.startswith("#")]
 
 
+def is_ring_state(verb: str, place: str) -> bool:
+    """Whether this is an access to ring state: by 32 bits the third dword is the number of queue pairs."""
+    return place.startswith("lm+0x2") and not (verb[1] == "4" and place == "lm+0x28")
+
+
 def normalised(lines: Iterable[str]) -> list[str]:
     """What recordings of one driver have in common.
 
-    Addresses are left out, and where sections begin: kernels do some of their work later. Doorbells and looks
-    at the ISR byte are listed by their kinds, at the end: how many there are, and between which other steps,
-    is a matter of the moment.
+    Addresses and ring state are left out, and where sections begin: kernels do some of their work later.
+    Doorbells and looks at the ISR byte are listed by their kinds, at the end: how many there are, and between
+    which other steps, is a matter of the moment.
     """
     said: list[str] = []
     kinds: set[str] = set()
@@ -40,5 +45,6 @@ def normalised(lines: Iterable[str]) -> list[str]:
         elif structure == "notify":
             kinds.add(" ".join((verb, place, *value)))
         else:
-            said.append(" ".join((verb, place, *([] if structure in _ADDRESSES else value))))
+            varies = structure in _ADDRESSES or is_ring_state(verb, place)
+            said.append(" ".join((verb, place, *([] if varies else value))))
     return said + sorted(kinds)
