@@ -203,13 +203,15 @@ def serve(
       pcap:write=out.pcap          packets into a file; read=in.pcap replays one
 
     \b
-    Profiles, whose ids are for these drivers:
+    Profiles, and which drivers take them by their ids:
       n3000    Intel's N3000 (1af4:1041, 8086:001a): ifcvf and virtio-pci
       c5000x   Intel's C5000X-PL (1af4:1000, 8086:0001): the same, today's ids
-      virtio   a plain virtio-net NIC (1af4:1041): virtio-pci, vp_vdpa
+      virtio   a plain virtio-net NIC (1af4:1041): virtio-pci
+    vp_vdpa (by driver_override) and DPDK's net_virtio drive each of them.
     with these keys, the first of each being the default:
       vectors=per-queue|shared|one   MSI-X vectors: one a queue and one for
-                                     configuration, two, or one for everything
+                                     configuration, two, or one for everything.
+                                     vp_vdpa needs the first
       queue-size=N                   descriptors a queue, 64 to 32768; 256, and
                                      1024 of c5000x
       lm=exposed|hidden              whether BAR 4 is there, in which ifcvf finds
