@@ -37,17 +37,18 @@ static void frame_signals(const char *name, struct net *net, bool wanted)
     step(name, well && (told > 0) >= wanted, "tx %d, control %d", told, (int)signals(net->calls[CONTROL], 0));
 }
 
-/* Steps: what a transmission signals where it is wanted, where it is not, and where there is nothing to signal. */
+static void want_interrupts(struct net *net, bool wanted)
+{
+    net->queues[TX].available->flags = wanted ? 0 : VRING_AVAIL_F_NO_INTERRUPT;
+    __sync_synchronize();
+}
+
+/* Steps: what a transmission signals where it is not wanted, where it is, and where there is nothing to signal. */
 static void calls(struct net *net)
 {
-    volatile struct vring_avail *available = net->queues[TX].available;
-
-    frame_signals("interrupt", net, true);
-    available->flags = VRING_AVAIL_F_NO_INTERRUPT;
-    __sync_synchronize();
     frame_signals("no_interrupt", net, false);
-    available->flags = 0;
-    __sync_synchronize();
+    want_interrupts(net, true);
+    frame_signals("interrupt", net, true);
     demand("unbind", !file_of_queue(net->fd, VHOST_SET_VRING_CALL, TX, VHOST_FILE_UNBIND));
     frame_signals("call_unbound", net, false);
     demand("bind", !file_of_queue(net->fd, VHOST_SET_VRING_CALL, TX, net->calls[TX]));
@@ -104,6 +105,7 @@ static void frames(const char *path)
     struct net net;
 
     net_make(&net, 0);
+    want_interrupts(&net, false);
     net_open(&net, path);
     show_host("mapped");
     net_start(&net, from_zero);
