@@ -11,7 +11,7 @@ from functools import partial
 
 from device.recorder import Recorder
 from tests.guest.cards import ServedCard
-from tests.traces.recordings import RECORDED, normalised
+from tests.traces.recordings import RECORDED, normalised, read_recording
 
 
 class Recordings:
@@ -34,7 +34,6 @@ class Recordings:
 
 def check(name: str, lines: list[str]) -> None:
     """AssertionError if the recording of this name is another driver's."""
-    file = RECORDED / f"{name}.trace"
     if os.environ.get("TRIONIC_RECORD"):
-        file.write_text("".join(f"{line}\n" for line in lines))
-    assert normalised(lines) == normalised(file.read_text().splitlines()), name
+        (RECORDED / f"{name}.trace").write_text("".join(f"{line}\n" for line in lines))
+    assert normalised(lines) == normalised(read_recording(name)), name

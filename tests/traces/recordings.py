@@ -19,6 +19,11 @@ SECTION: Final = "# --- "
 _ADDRESSES: Final = ("common.queue_desc", "common.queue_driver", "common.queue_device")
 
 
+def read_recording(name: str) -> list[str]:
+    """Its lines."""
+    return (RECORDED / f"{name}.trace").read_text().splitlines()
+
+
 def steps_of(lines: Iterable[str]) -> Lines:
     """The accesses of a recording."""
     return [line.split() for line in lines if not line.startswith("#")]

@@ -13,7 +13,7 @@ from device.virtio.features import Feature
 from firmware import Nic
 from tests.firmware.test_nic import EVERYTHING, MAC, NOTHING, Cable
 from tests.traces.again import CONTROL, RX, TX, Again, again
-from tests.traces.recordings import RECORDED, normalised, steps_of
+from tests.traces.recordings import RECORDED, normalised, read_recording, steps_of
 from tests.traces.registers import Lines
 from tests.traces.test_traces import flat
 
@@ -43,13 +43,9 @@ async def do_again(lines: list[str], path: Path) -> Again:
     return driver
 
 
-def read(name: str) -> list[str]:
-    return (RECORDED / f"{name}.trace").read_text().splitlines()
-
-
 @pytest.mark.parametrize("name", NAMES)
 async def test_what_a_real_driver_did_is_answered_the_same(name: str, tmp_path: Path) -> None:
-    lines = read(name)
+    lines = read_recording(name)
     driver = await do_again(lines, tmp_path / "card.sock")
     doorbells = Counter(line.split()[2] for line in lines if line.startswith("w2 notify+"))
     assert driver.rung == [doorbells[str(queue)] for queue in (RX, TX, CONTROL)]
@@ -65,7 +61,7 @@ def test_there_are_recordings() -> None:
 
 
 async def test_another_answer_is_noticed(tmp_path: Path) -> None:
-    lines = read("ifcvf")
+    lines = read_recording("ifcvf")
     lines[lines.index("r2 common.num_queues = 3")] = "r2 common.num_queues = 5"
     with pytest.raises((AssertionError, ExceptionGroup)) as failure:
         await do_again(lines, tmp_path / "card.sock")
@@ -83,7 +79,7 @@ def test_recordings_of_one_driver_have_all_in_common_but_addresses_and_moments()
     ["w2 common.queue_size 1", "r1 device+0x6 = 0", "w2 notify+0x1000 0", "w2 common.queue_desc+4 0", ""],
 )
 def test_recordings_that_differ_in_anything_else_are_told_apart(change: str) -> None:
-    lines = read("ifcvf")
+    lines = read_recording("ifcvf")
     place = change.split()[1] if change else "common.num_queues"
     at = next(at for at, line in enumerate(lines) if f" {place}" in line)
     assert normalised([*lines[:at], change or "#", *lines[at + 1 :]]) != normalised(lines)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import trio
 
 from device.profiles import Vectors, parse_profile
+from device.recorder import Recorder
 from firmware import Nic
 from tests.firmware.test_nic import MAC, Cable
+from tests.traces.recordings import read_recording, steps_of
 from tests.traces.replay import Replay, read_trace, replaying
 
 HERE = Path(__file__).parent
@@ -23,9 +28,23 @@ LINUX_VECTORS = {
 }
 
 
-async def replay(tmp_path: Path, trace: str, profile: str, **names: int) -> None:
+def linux_vectors(vectors: Vectors) -> dict[str, int]:
+    """The names that its trace has for what it takes."""
+    queues, configuration = LINUX_VECTORS[vectors]
+    return {"cv": configuration} | {f"qv{queue}": vector for queue, vector in enumerate(queues)}
+
+
+async def replay(
+    tmp_path: Path,
+    trace: str,
+    profile: str,
+    names: Mapping[str, int] = {},
+    record: Callable[[bytes], object] | None = None,
+) -> None:
     cable = Cable()
     nic = Nic(cable, mac=MAC, profile=parse_profile(profile), bar2_size=4096)
+    if record is not None:
+        Recorder(nic.card, record)
     with trio.fail_after(PATIENCE_S):
         async with replaying(nic, cable, tmp_path / "card.sock") as driver:
             driver.names.update(names)
@@ -35,8 +54,9 @@ async def replay(tmp_path: Path, trace: str, profile: str, **names: int) -> None
 
 
 async def check_each_came_once(driver: Replay) -> None:
-    """What was put into the ring last went out or stayed there, as the ring says: a card may look once more when
-    it is done with a doorbell.
+    """What was put into the ring last went out or stayed there, as the ring says.
+
+    A card may look once more when it is done with a doorbell.
     """
     await trio.testing.wait_all_tasks_blocked()
     used = int.from_bytes(driver.memory.read(driver.tx.device + 2, 2), "little")
@@ -62,10 +82,53 @@ async def test_drivers_of_pairs_start_and_stop_the_card(
 async def test_linux_starts_and_stops_the_card_by_any_vectors(
     tmp_path: Path, profile: str, vectors: Vectors, layout: str
 ) -> None:
-    queues, configuration = LINUX_VECTORS[vectors]
-    names = {f"qv{queue}": vector for queue, vector in enumerate(queues)}
     chosen = f"{profile}:vectors={vectors.value},ring-state={layout}"
-    await replay(tmp_path, "linux-ifcvf.trace", chosen, cv=configuration, **names)
+    await replay(tmp_path, "linux-ifcvf.trace", chosen, linux_vectors(vectors))
+
+
+def shape(lines: Sequence[str], first: str, last: str) -> list[str]:
+    """Which registers a driver reads and writes, in its order, from a step to another.
+
+    How often it asks for the same one is the card's matter; of device configuration the drivers above it ask.
+    """
+    begin = lines.index(first)
+    part = lines[begin : lines.index(last, begin) + 1]
+    steps = [" ".join(step[:2]) for step in steps_of(part)]
+    kept = [step for step in steps if not re.search(r"device\+|config_generation|notify", step)]
+    return [step for step, _ in itertools.groupby(kept)]
+
+
+async def recorded_replay(
+    tmp_path: Path, trace: str, profile: str, names: Mapping[str, int] = {}
+) -> list[str]:
+    """The trace, as the card records it."""
+    lines: list[bytes] = []
+    await replay(tmp_path, trace, profile, names, lines.append)
+    return b"".join(lines).decode().splitlines()
+
+
+START = ("r2 common.num_queues = 3", "w1 common.device_status 0xf")
+
+
+@pytest.mark.parametrize(
+    ("vectors", "name"),
+    [(Vectors.PER_QUEUE, "ifcvf"), (Vectors.SHARED, "ifcvf-shared"), (Vectors.ONE, "ifcvf-one")],
+)
+async def test_linux_starts_the_card_as_the_real_driver_was_seen_to(
+    tmp_path: Path, vectors: Vectors, name: str
+) -> None:
+    real = read_recording(name)
+    profile = f"n3000:vectors={vectors.value}"
+    again = await recorded_replay(tmp_path, "linux-ifcvf.trace", profile, linux_vectors(vectors))
+    assert shape(again, *START) == shape(real, *START)
+
+
+async def test_dpdk_starts_and_stops_the_card_as_the_real_driver_was_seen_to(tmp_path: Path) -> None:
+    real = read_recording("dpdk-ifc")
+    again = await recorded_replay(tmp_path, "dpdk-ifc.trace", "n3000")
+    stop = ("w2 common.config_msix_vector 0xffff", "w1 common.device_status 0")
+    assert shape(again, *START) == shape(real, *START)
+    assert shape(again, *stop) == shape(real, *stop)
 
 
 async def test_drivers_of_pairs_get_no_vector_that_there_is_not_and_can_tell(tmp_path: Path) -> None:
