@@ -1,9 +1,9 @@
-"""What a guest's kernel has against the card: lines of its console that no test may leave unread."""
+"""What a guest's kernel has against the card: what its console says that no test may leave unread."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 KERNEL_ARGS: Final = "loglevel=5"
@@ -19,13 +19,28 @@ _TROUBLE: Final = re.compile(
 _EXPECTED: Final = ("loading out-of-tree module taints kernel", "module verification failed")
 
 
+def _entries(console: str) -> Iterator[str]:
+    """Lines, but all those of one trace together."""
+    trace: list[str] = []
+    for line in console.splitlines():
+        if trace or "[ cut here ]" in line:
+            trace.append(line)
+            if "---[ end trace" in line:
+                yield "\n".join(trace)
+                trace = []
+        else:
+            yield line
+    if trace:
+        yield "\n".join(trace)
+
+
 def complaints(console: str, expected: Sequence[str] = ()) -> list[str]:
-    """The lines of a console with `KERNEL_ARGS` that tell of trouble, but those that contain one of
-    `expected`.
+    """The lines and traces of a console with `KERNEL_ARGS` that tell of trouble, but those that contain one
+    of `expected`.
     """
     allowed = (*_EXPECTED, *expected)
     return [
-        line
-        for line in console.splitlines()
-        if _TROUBLE.search(line) and not any(words in line for words in allowed)
+        entry
+        for entry in _entries(console)
+        if _TROUBLE.search(entry) and not any(words in entry for words in allowed)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from device.profiles import C5000X, N3000, QUEUES, VIRTIO
+from device.profiles import C5000X, N3000, VIRTIO
 
 VDPA: Final = "vdpa0"
 """The vDPA device's name."""
@@ -31,8 +31,6 @@ class Parent:
     """Its name on the PCI bus, which is what `give` wants."""
     profiles: tuple[str, ...]
     """Those of the card that it takes."""
-    least_vectors: int
-    """Of MSI-X: with less the vDPA device does not start."""
 
     def take(self, card: int = 0) -> str:
         """Have it take the guest's card of this number; ``$mgmt`` is that card for the tool `vdpa`."""
@@ -56,10 +54,8 @@ modprobe virtio_net
         return self.module
 
 
-IFCVF: Final = Parent("ifcvf", "ifcvf", (N3000.name, C5000X.name), least_vectors=1)
+IFCVF: Final = Parent("ifcvf", "ifcvf", (N3000.name, C5000X.name))
 
-VP_VDPA: Final = Parent(
-    "vp_vdpa", "vp-vdpa", (N3000.name, C5000X.name, VIRTIO.name), least_vectors=QUEUES + 1
-)
+VP_VDPA: Final = Parent("vp_vdpa", "vp-vdpa", (N3000.name, C5000X.name, VIRTIO.name))
 
 PARENTS: Final = (IFCVF, VP_VDPA)
