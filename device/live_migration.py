@@ -2,8 +2,8 @@
 
      00  CONTROL, 32 bits: 0 logs nothing, 1 (turned on for the VF) and 3 (for the PF) log
      08  STATUS, 64 bits: bit 0 logging, bit 1 bits left out, bit 2 log too small
-     10  BASE, 64 bits: where the log begins
-     18  END, 64 bits: the first byte behind it
+     10  BASE, 64 bits: where the log begins; in use from when it is written, also while pages are logged
+     18  END, 64 bits: the first byte behind it; likewise
      20  ring state, and at 28 PAIRS, 32 bits: see below
 
 Ring state is a dword a queue, the index of the next chain to take in its low half (last_avail) and that of
@@ -17,7 +17,8 @@ use, a dword. So by 16 bits that is queue 2, by any other width PAIRS, unless on
 
 Facts: Linux drivers/vdpa/ifcvf/ifcvf_base.h and .c, DPDK drivers/vdpa/ifc/base/ifcvf.h and .c. They leave
 open what STATUS says and how the log is laid out: STATUS is this card's own, the log is vhost's, for DPDK
-hands the card vhost's log as it is.
+hands the card vhost's log as it is. DPDK says where the log is before it turns logging on, but by stores that
+are not volatile: in Debian's build of 24.11 they come behind CONTROL.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ PAIR_STRIDE: Final = 0x40
 
 
 class LogStatus(IntFlag):
-    """STATUS. What went wrong stays until logging is turned on again."""
+    """STATUS. What went wrong stays until logging is turned on again, or has another place."""
 
     LOGGING = 1  # or bits for what was written before are still on their way
     UNREACHABLE = 2  # a bit could not be set: see GuestLog.unreachable
@@ -157,15 +158,20 @@ class LiveMigration:
         return self._base
 
     def _set_base(self, value: int) -> None:
-        """In use from the next time that logging is turned on."""
         self._base = value
+        self._begin_anew()
 
     def _get_end(self) -> int:
         return self._end
 
     def _set_end(self, value: int) -> None:
-        """As BASE."""
         self._end = value
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Pages that are logged have another place from now on."""
+        if self.log.active:
+            self.log.start(self._base, self._end)
 
     # --- the queues
 
