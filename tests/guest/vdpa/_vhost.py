@@ -74,9 +74,7 @@ class Setting:
 SETTINGS: Final = {
     "a vector each": Setting(4, {IFCVF: "n3000", VP_VDPA: "virtio"}),
     "one vector": Setting(1, {IFCVF: "c5000x:vectors=one", VP_VDPA: "n3000"}, vector_per_queue=False),
-    "memory by message": Setting(
-        1, {IFCVF: "n3000", VP_VDPA: "c5000x"}, vector_per_queue=False, shared=False
-    ),
+    "memory by message": Setting(4, {IFCVF: "n3000", VP_VDPA: "c5000x"}, shared=False),
 }
 
 
