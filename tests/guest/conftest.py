@@ -34,7 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.timeout(_FIRST_USE_TIMEOUT))
 
 
-def _cannot(reason: RigError) -> NoReturn:
+def cannot(reason: RigError) -> NoReturn:
+    """Skip the test for this reason; with ``CI=true`` fail it."""
     if os.environ.get("CI", "").lower() == "true":
         pytest.fail(f"with CI=true no guest test is skipped, yet: {reason}", pytrace=False)
     pytest.skip(str(reason))
@@ -90,7 +91,7 @@ def demand_root(arch: Arch) -> Root:
     try:
         return make_guest_root(arch)
     except RigError as missing:
-        _cannot(missing)
+        cannot(missing)
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +130,7 @@ def networks() -> Iterator[Callable[..., Network]]:
             try:
                 return made.enter_context(Network(**options))
             except RigError as missing:
-                _cannot(missing)
+                cannot(missing)
 
         yield make
 
