@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -40,7 +41,6 @@ class Wire:
         """Disconnect: the card's link is down."""
         assert self._stream is not None
         await self._stream.aclose()
-        self._stream = None
 
     async def send(self, *frames: bytes) -> None:
         """Frames for the card."""
@@ -50,8 +50,17 @@ class Wire:
     async def receive(self) -> bytes:
         """The card's next frame; TooSlowError if there is none."""
         with trio.fail_after(_PATIENCE):
-            (length,) = _LENGTH.unpack(await self._take(_LENGTH.size))
-            return await self._take(length)
+            return await self._next()
+
+    async def send_back(self) -> None:
+        """Be a mirror, until the cable is pulled."""
+        with suppress(trio.ClosedResourceError):
+            while True:
+                await self.send(await self._next())
+
+    async def _next(self) -> bytes:
+        (length,) = _LENGTH.unpack(await self._take(_LENGTH.size))
+        return await self._take(length)
 
     async def _take(self, count: int) -> bytes:
         assert self._stream is not None

@@ -11,7 +11,7 @@
 enum { PAGE = 4096 };
 
 /* Memory that a device may have: whole pages, all there. */
-static void *allocate(uint64_t size)
+static inline void *allocate(uint64_t size)
 {
     void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
 
