@@ -41,15 +41,14 @@ class BootServer:
     files: Mapping[str, bytes]
     requests: dict[str, int] = field(default_factory=dict)
     """How often each was asked for."""
-    _complete: dict[str, int] = field(default_factory=dict)
+    _given: dict[str, int] = field(default_factory=dict)
     _changed: trio.Event = field(default_factory=trio.Event)
     _blocks: int = 0
 
-    async def fetched(self, name: str, times: int = 1) -> None:
-        """Wait until the file was fetched that many times more, from its request to its last block."""
-        before = self.requests.get(name, 0)
-        done = self._complete.get(name, 0)
-        while self.requests.get(name, 0) < before + times or self._complete.get(name, 0) < done + times:
+    async def fetched(self, name: str) -> None:
+        """Wait until the file has been asked for once more, and given to its end once more."""
+        asked, given = self.requests.get(name, 0), self._given.get(name, 0)
+        while self.requests.get(name, 0) == asked or self._given.get(name, 0) == given:
             await self._changed.wait()
 
     async def blocks(self, count: int) -> None:
@@ -139,7 +138,7 @@ class BootServer:
             for number, packet in enumerate(packets):
                 if not await self._acknowledged(own, client, packet, number):
                     return
-        self._complete[name] = self._complete.get(name, 0) + 1
+        self._given[name] = self._given.get(name, 0) + 1
         self._tell()
 
     async def _acknowledged(
