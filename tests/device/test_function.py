@@ -15,6 +15,7 @@ from device._gate import Gate
 from device.dma import PROT_DMA_READ, PROT_DMA_WRITE
 from device.errors import DeviceError
 from device.function import (
+    Accesses,
     Bar,
     Identity,
     IoEventFdArea,
@@ -467,6 +468,28 @@ def test_resets_but_the_drivers_own_let_it_run_again(rig: Rig, kind: ResetKind) 
     rig.wire_msix()
     rig.function.interrupts.signal(0)
     assert rig.heard() == [1, 0, 0, 0]
+
+
+# --- what answers accesses
+
+
+def test_what_comes_between_a_client_and_a_bar_answers_for_it(rig: Rig) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def between(accesses: Accesses) -> Accesses:
+        def read(offset: int, count: int) -> bytes:
+            seen.append((offset, count))
+            return accesses.read(offset, count)
+
+        return Accesses(read, accesses.write)
+
+    answer = rig.function.region_read(0, 0, 4)
+    rig.function.interpose(0, between)
+    assert rig.function.region_read(0, 0, 4) == answer
+    rig.function.region_read(CONFIG, 0, 4)
+    assert seen == [(0, 4)]
+    with pytest.raises(KeyError):
+        rig.function.interpose(1, between)
 
 
 # --- eventfds for writes

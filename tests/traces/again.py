@@ -29,6 +29,7 @@ from tests.firmware.test_nic import Cable, frame
 from tests.traces.recordings import is_ring_state
 from tests.traces.registers import Lines, Registers, served
 from tests.traces.replay import BUFFERS
+from trionic.engines import EngineConfig
 
 PAGE: Final = 4096
 BUFFERS_AT: Final = 0x7000_0000_0000  # far above what the recorded guests had
@@ -285,10 +286,10 @@ def state_of(place: str) -> int:
 
 
 @asynccontextmanager
-async def again(nic: Nic, cable: Cable, mac: bytes, path: Path) -> AsyncIterator[Again]:
+async def again(nic: Nic, cable: Cable, mac: bytes, path: Path, engine: EngineConfig) -> AsyncIterator[Again]:
     """A card that is served at `path`, and a driver of it."""
     try:
-        async with served(nic, path) as session:
+        async with served(nic, path, engine) as session:
             driver = Again(session, cable, mac)
             try:
                 await driver.prepare()

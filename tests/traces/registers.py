@@ -15,7 +15,7 @@ from client.pci import Command, PciControl, read_config
 from client.session import Session
 from firmware import Nic
 from protocol.vfio import IrqSetFlags
-from server.serving import serve
+from trionic.engines import NATIVE, EngineConfig, open_engine
 
 MSIX = 2
 LIVE_MIGRATION_BAR = 4
@@ -61,7 +61,9 @@ class Registers:
             self.places.setdefault(found.kind, (found.bar, found.offset))
             if found.kind == NOTIFY:
                 self.multiplier = found.multiplier
-        await PciControl(self.session, config).set_command(Command.MEMORY | Command.MASTER)
+        pci = PciControl(self.session, config)
+        await pci.set_command(Command.MEMORY | Command.MASTER)
+        await pci.set_msix(enabled=True)
         count = self.session.irqs[MSIX].count
         self.fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(count)]
         flags = IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER
@@ -93,11 +95,11 @@ class Registers:
 
 
 @asynccontextmanager
-async def served(nic: Nic, path: Path) -> AsyncIterator[Session]:
+async def served(nic: Nic, path: Path, engine: EngineConfig = NATIVE) -> AsyncIterator[Session]:
     """A client of a card that is served at `path`, and given back at the end."""
     try:
         async with trio.open_nursery() as nursery:
-            await nursery.start(partial(serve, [(nic.function, path)]))
+            await nursery.start(partial(open_engine(engine), [(nic.function, path)]))
             nursery.start_soon(nic.run)
             async with client.connect(path) as session:
                 yield session

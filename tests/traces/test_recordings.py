@@ -12,10 +12,12 @@ from device.profiles import parse_profile
 from device.virtio.features import Feature
 from firmware import Nic
 from tests.firmware.test_nic import EVERYTHING, MAC, NOTHING, Cable
+from tests.peers.libvfio_user import LibvfioUser
 from tests.traces.again import CONTROL, RX, TX, Again, again
 from tests.traces.recordings import RECORDED, normalised, read_recording, steps_of
 from tests.traces.registers import Lines
 from tests.traces.test_traces import flat
+from trionic.engines import NATIVE, Engine, EngineConfig
 
 PATIENCE_S = 60
 
@@ -28,7 +30,7 @@ def mac_of(steps: Lines) -> bytes:
     return bytes(octets.get(f"device+{at:#x}", MAC[at]) for at in range(6))
 
 
-async def do_again(lines: list[str], path: Path) -> Again:
+async def do_again(lines: list[str], path: Path, engine: EngineConfig = NATIVE) -> Again:
     steps = steps_of(lines)
     mac = mac_of(steps)
     offered = next(int(step[3], 0) for step in steps if step[1] == "common.device_feature")
@@ -36,17 +38,21 @@ async def do_again(lines: list[str], path: Path) -> Again:
     profile = parse_profile(lines[0].removeprefix("# "))
     nic = Nic(cable, mac=mac, profile=profile, bar2_size=4096)
     with trio.fail_after(PATIENCE_S):
-        async with again(nic, cable, mac, path) as driver:
+        async with again(nic, cable, mac, path, engine) as driver:
             # Who was there before it left the card like that: ACKNOWLEDGE, no driver.
             await driver.write("common.device_status", 1, 1)
             await driver.run(steps)
     return driver
 
 
+@pytest.mark.parametrize("kind", Engine)
 @pytest.mark.parametrize("name", NAMES)
-async def test_what_a_real_driver_did_is_answered_the_same(name: str, tmp_path: Path) -> None:
+async def test_what_a_real_driver_did_is_answered_the_same(
+    name: str, kind: Engine, tmp_path: Path, libvfio_user: LibvfioUser
+) -> None:
     lines = read_recording(name)
-    driver = await do_again(lines, tmp_path / "card.sock")
+    engine = NATIVE if kind is Engine.NATIVE else EngineConfig(kind, libvfio_user.library)
+    driver = await do_again(lines, tmp_path / "card.sock", engine)
     doorbells = Counter(line.split()[2] for line in lines if line.startswith("w2 notify+"))
     assert driver.rung == [doorbells[str(queue)] for queue in (RX, TX, CONTROL)]
     assert min(driver.rung[:CONTROL]) > 0
