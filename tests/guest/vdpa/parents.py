@@ -13,6 +13,8 @@ VDPA: Final = "vdpa0"
 ADD: Final = f"vdpa dev add name {VDPA} mgmtdev $mgmt"
 """Make the vDPA device of the card that `Parent.take` took."""
 
+DELETE: Final = f"vdpa dev del {VDPA}"
+
 ADDRESSES: Final = """
 dev=$(nic)
 ip addr add 10.77.0.2/24 dev $dev

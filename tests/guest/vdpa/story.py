@@ -13,6 +13,9 @@ from tests.guest.conftest import qemu_warnings
 from tests.guest.vdpa.kernel_log import KERNEL_ARGS, complaints
 from trionic.engines import NATIVE, EngineConfig
 
+PATIENCE: Final = 120
+"""Seconds for a guest of some ten on an idle machine."""
+
 FUNCTIONS: Final = """
 step() { printf '\\n== %s\\n' "$1"; }
 refused() { if "$@"; then echo "was not refused: $*"; return 1; fi; }
@@ -49,6 +52,7 @@ class Story:
         *,
         expected_complaints: Sequence[str] = (),
         kernel_args: str = "",
+        deadline: float = PATIENCE,
         **options: Any,
     ) -> AsyncIterator[Guest]:
         """Boot a guest that runs `script`, by `tests.guest.boot` with `options`, for the block to steer; at
@@ -60,6 +64,7 @@ class Story:
             root=root,
             expected_warnings=qemu_warnings(engine),
             kernel_args=f"{KERNEL_ARGS} {kernel_args}",
+            deadline=deadline,
             **options,
         ) as guest:
             yield guest

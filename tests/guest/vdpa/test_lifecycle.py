@@ -23,14 +23,17 @@ from tests.guest._machine import accelerator
 from tests.guest.cards import ServedCard, serve_cards
 from tests.guest.conftest import networks
 from tests.guest.test_vfio_driver import IOMMU, SPLIT_IRQCHIP
-from tests.guest.vdpa.parents import ADD, ADDRESSES, PARENTS, Parent
+from tests.guest.vdpa.parents import ADD, ADDRESSES, DELETE, PARENTS, Parent
 from tests.guest.vdpa.story import Story
 
 ROUNDS: Final = 20
-REBINDS: Final = 5
+REBINDS: Final = 3
 
-FLOWING: Final = 20
+FLOWING: Final = 10
 """Frames each way that have to pass in a round before anything is taken away."""
+
+PATIENCE: Final = 240
+"""Seconds for some twenty on an idle machine."""
 
 PINGED: Final = "10.77.0.1"
 
@@ -45,9 +48,9 @@ modprobe virtio_net
 traffic() {{
 {ADDRESSES}
     ip neigh replace {PINGED} lladdr $HOST dev $dev
-    wait_for 20 ping -c 1 -W 1 {PINGED}
-    ping -q -i 0.002 {PINGED} > /tmp/pinged 2>&1 &
+    ping -i 0.002 {PINGED} > /tmp/pinged 2>&1 &
     pinging=$!
+    wait_for 20 grep -q "bytes from" /tmp/pinged
     tell flow; await_host > /dev/null
 }}
 over() {{
@@ -63,7 +66,7 @@ if [ $BOOT = 2 ]; then
     tell over; await_host > /dev/null
     {ADD}
     traffic
-    vdpa dev del vdpa0
+    {DELETE}
     over
     step end
     exit 0
@@ -74,7 +77,7 @@ step rounds
 for round in $(seq {ROUNDS}); do
     {ADD}
     traffic
-    vdpa dev del vdpa0
+    {DELETE}
     over
 done
 step rebinds
@@ -202,7 +205,7 @@ async def _watch(parent: Parent, root: Root, network: Network, folder: Path) -> 
                 accel=accel,
                 kernel_args="intel_iommu=on",
                 qemu_args=[*IOMMU, *(SPLIT_IRQCHIP if accel == "kvm" else [])],
-                deadline=120,
+                deadline=PATIENCE,
             ) as guest,
             pinging(story, network, root),
         ):

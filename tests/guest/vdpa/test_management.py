@@ -78,10 +78,9 @@ step end
 """
 
 TAKE: Final = """
-modprobe {module}
-give {driver} $(card {card})
+{take}
 step management_{profile}
-vdpa -j mgmtdev show pci/$(basename $(card {card}))
+vdpa -j mgmtdev show $mgmt
 """
 
 # What the drivers say of what they refuse: ifcvf_main.c and vp_vdpa.c of drivers/vdpa.
@@ -97,7 +96,7 @@ REFUSALS: Final = {
 
 async def _watch(parent: Parent, root: Root, story: Story, cards: list[ServedCard]) -> None:
     takes = [
-        TAKE.format(module=parent.module, driver=parent.driver, card=number, profile=profile)
+        TAKE.format(take=parent.take(number), profile=profile)
         for number, profile in enumerate(parent.profiles)
     ]
     script = SCRIPT.format(

@@ -14,7 +14,7 @@ from device.virtio.transport import Status
 from tests.guest import Card, Network
 from tests.guest.cards import ServedCard, serve_cards
 from tests.guest.vdpa.conftest import BootVdpa
-from tests.guest.vdpa.parents import ADD, ADDRESSES, IFCVF, VP_VDPA, Parent
+from tests.guest.vdpa.parents import ADD, ADDRESSES, DELETE, IFCVF, VP_VDPA, Parent
 
 # What each says when it does not get its vectors; vp_vdpa with a trace, from its vp_vdpa_set_status.
 TOO_FEW: Final = {
@@ -84,7 +84,7 @@ async def test_vp_vdpa_starts_nothing_with_two_vectors_and_ifcvf_gets_the_card_w
     boot_vdpa: BootVdpa, network: Network, tmp_path: Path
 ) -> None:
     rest = f"""
-    vdpa dev del vdpa0
+    {DELETE}
     {IFCVF.up()}
     ping -c 1 -W 5 10.77.0.1
     """

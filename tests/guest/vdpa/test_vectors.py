@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from device.profiles import parse_profile
-from tests.guest import Root
+from tests.guest import Network, Root
 from tests.guest.cards import serve_cards
 from tests.guest.conftest import engine_config, networks
 from tests.guest.vdpa.parents import IFCVF, VP_VDPA, Parent
@@ -85,8 +85,8 @@ refused give ifcvf $(card {card})
 # Each stays as it is while the others come after it.
 UP: Final = """
 step interface_{card}
-give {driver} $(card {card})
-vdpa dev add name vdpa{card} mgmtdev pci/$(basename $(card {card}))
+{take}
+vdpa dev add name vdpa{card} mgmtdev $mgmt
 dev=$(basename $(card {card})/virtio*/net/*)
 ip addr add 10.77.{card}.2/24 dev $dev
 ip link set $dev up
@@ -97,6 +97,13 @@ PING: Final = """
 step traffic_{card}
 for size in 20 700 1400; do ping -c 1 -W 5 -s $size 10.77.{card}.1; done
 step interrupts_{card}
+grep PCI-MSIX-$(basename $(card {card})) /proc/interrupts
+"""
+
+# The links are down by then.
+CHANGED: Final = """
+step changed_{card}
+wait_for 10 grep -q 0 $(card {card})/virtio*/net/*/carrier
 grep PCI-MSIX-$(basename $(card {card})) /proc/interrupts
 """
 
@@ -124,8 +131,10 @@ class Rig:
             [
                 SETUP,
                 *(REFUSE.format(card=card) for card, place in places if place.profile in REFUSED),
-                *(UP.format(card=card, driver=place.parent.driver) for card, place in places),
+                *(UP.format(card=card, take=place.parent.take(card)) for card, place in places),
                 *(PING.format(card=card) for card, _ in places),
+                "tell flowed; await_host\n",
+                *(CHANGED.format(card=card) for card, _ in places),
                 "step end\n",
             ]
         )
@@ -154,8 +163,9 @@ def story(
     engine = engine_config(rig.engine, request)
     refusals = ["Failed to request MMIO region", "probe with driver ifcvf failed with error -22"]
 
-    async def tell(ports: list[str]) -> Story:
+    async def tell(links: list[Network]) -> Story:
         story = Story()
+        ports = [f"tap:name={network.tap},netns={network.path}" for network in links]
         profiles = [parse_profile(place.profile) for place in rig.places]
         folder = tmp_path_factory.mktemp("vectors")
         async with (
@@ -167,15 +177,18 @@ def story(
                 engine,
                 smp=rig.processors,
                 expected_complaints=refusals,
-            ),
+            ) as guest,
         ):
-            pass
+            await guest.expect("flowed")
+            for network in links:
+                await network.run(guest_root, "ip", "link", "set", network.tap, "down")
+            guest.say()
         story.seen["counters"] = [card.counters for card in cards]
         return story
 
     with networks() as make:
         made = [make(tap=f"tap{card}", subnet=f"10.77.{card}") for card, _ in enumerate(rig.places)]
-        return trio.run(tell, [f"tap:name={network.tap},netns={network.path}" for network in made])
+        return trio.run(tell, made)
 
 
 def test_the_script_comes_to_its_end_and_the_kernel_has_nothing_to_say_but_refusals(story: Story) -> None:
@@ -192,18 +205,31 @@ def test_frames_of_every_card_go_both_ways(rig: Rig, story: Story) -> None:
         assert counters["tx_dropped"] == counters["rx_dropped"] == 0
 
 
+def interrupts(story: Story, step: str) -> dict[str, int]:
+    """How often each of a card's interrupts came, by the names that its parent gave them."""
+    return {
+        line.rpartition("]-")[2]: sum(
+            map(int, re.findall(r"\d+", line.partition(":")[2].partition("PCI")[0]))
+        )
+        for line in story.step(step).splitlines()
+        if "PCI-MSIX" in line
+    }
+
+
 def test_interrupts_are_shared_out_as_there_are_vectors_and_processors(rig: Rig, story: Story) -> None:
     for card, place in enumerate(rig.places):
-        lines = story.step(f"interrupts_{card}").strip().splitlines()
-        names = [line.rpartition("]-")[2] for line in lines]
-        assert tuple(names) == place.interrupts
-        counts = {
-            name: sum(map(int, re.findall(r"\d+", line.partition(":")[2].partition("PCI")[0])))
-            for name, line in zip(names, lines, strict=True)
-        }
-        # Nothing of the configuration changed, and frames were announced by whatever is for them.
+        counts = interrupts(story, f"interrupts_{card}")
+        assert tuple(counts) == place.interrupts
         assert counts.get("config", 0) == 0
         assert 0 not in [count for name, count in counts.items() if name not in ("2", "config")]
+
+
+def test_a_link_that_goes_down_is_announced_by_the_interrupt_for_that(rig: Rig, story: Story) -> None:
+    """With one vector for everything, ifcvf asks the ISR what happened."""
+    for card, place in enumerate(rig.places):
+        before, after = (interrupts(story, f"{step}_{card}") for step in ("interrupts", "changed"))
+        announced = place.interrupts[-1]
+        assert after[announced] > before[announced]
 
 
 def test_rings_are_as_long_as_the_profiles(rig: Rig, story: Story) -> None:
