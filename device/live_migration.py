@@ -169,8 +169,8 @@ class LiveMigration:
         self._begin_anew()
 
     def _begin_anew(self) -> None:
-        """Pages that are logged have another place from now on."""
-        if self.log.active:
+        """Pages that are logged have another place from now on, unless it is the same."""
+        if self.log.active and (self.log.base, self.log.end) != (self._base, self._end):
             self.log.start(self._base, self._end)
 
     # --- the queues
