@@ -217,9 +217,7 @@ class Nic:
                     os.eventfd_write(self.datapath.event_fd, 1)  # after whatever else waits for its turn
             finally:
                 self._executing = False
-                if (
-                    self.function.dma.guest_log_owed
-                ):  # the card changed in the middle of it
+                if self.function.dma.guest_log_owed:  # the card changed in the middle of it
                     self.datapath.wake()
 
     def _allow_dma(self) -> None:
