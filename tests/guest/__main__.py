@@ -14,6 +14,7 @@ import trio
 from tests.guest import Card, GuestError, Network, RigError, boot, guest_root
 from tests.guest._arch import ARCHES, HOST
 from tests.guest._arguments import card_arguments, machine_arguments
+from tests.guest._dpdk import dpdk_tree
 from tests.guest._machine import accelerator
 
 _SOCKET = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -62,6 +63,7 @@ def prepare() -> None:
         click.echo(f"kernel     {root.kernel_release}")
         click.echo(f"programs   {root.tree}")
         click.echo(f"initramfs  {root.initramfs} ({root.initramfs.stat().st_size / 1e6:.0f} MB)")
+    click.echo(f"DPDK       {dpdk_tree()}")
 
 
 @main.command()

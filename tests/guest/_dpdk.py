@@ -1,4 +1,4 @@
-"""DPDK for guests: Debian's, with a program of ours that is compiled against it."""
+"""DPDK for guests: Debian's, with programs of ours that are compiled against it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _ABI = "25"
 _LIBRARIES: Final = f"usr/lib/{HOST.triplet}"
 _PACKAGES: Final = ["dpdk-dev", *(f"librte-{name.replace('_', '-')}{_ABI}" for name in DRIVERS)]
 _PROGRAMS: Final = ["dpdk-testpmd"]
-_BACKEND: Final = Path(__file__).parent / "programs/vdpa_backend.c"
-_LINKED: Final = ["rte_vhost", "rte_eal"]
+_SOURCES: Final = [Path(__file__).parent / "programs" / name for name in ("vdpa_backend.c", "dpdk_sleeper.c")]
+_LINKED: Final = ["rte_vhost", "rte_ethdev", "rte_mbuf", "rte_mempool", "rte_eal"]
 _LAYOUT = 1  # raise when the same packages shall be arranged in another way
 
 
@@ -44,8 +44,9 @@ def _make(work: Path) -> None:
     programs = [find_program(packed, name) for name in _PROGRAMS]
     libraries = [packed / _LIBRARIES / f"librte_{name}.so.{_ABI}" for name in DRIVERS]
     copy_programs(packed, tree, HOST, [*programs, *libraries])
-    backend = find_program(tree, _PROGRAMS[0]).with_name(_BACKEND.stem)
-    _compile(packed, backend)
+    toolchain = Toolchain(packed)
+    for source in _SOURCES:
+        _compile(toolchain, packed, source, tree / "usr/bin" / source.stem)
     copy_programs(packed, tree, HOST, [packed / _LIBRARIES / f"lib{name}.so.{_ABI}" for name in _LINKED])
     (tree / "var").mkdir()
     (tree / "var/run").symlink_to("/run")  # where it keeps its sockets
@@ -53,15 +54,15 @@ def _make(work: Path) -> None:
     say("DPDK is ready")
 
 
-def _compile(packed: Path, program: Path) -> None:
-    """Compile the backend against the headers and libraries in `packed`, whose programs this replaces."""
-    Toolchain(packed).run(
+def _compile(toolchain: Toolchain, packed: Path, source: Path, program: Path) -> None:
+    """Compile a program against the headers and libraries in `packed`."""
+    toolchain.run(
         "gcc-14",
         f"--sysroot={packed}",
         *("-O2", "-Wall", "-Werror"),
         *("-march=corei7", "-include", "rte_config.h"),  # as libdpdk-libs.pc has it
         *(f"-I{packed / directory}/dpdk" for directory in ("usr/include", f"usr/include/{HOST.triplet}")),
-        *(_BACKEND, "-o", program, f"-L{packed / _LIBRARIES}"),
+        *(source, "-o", program, f"-L{packed / _LIBRARIES}", "-Wl,--as-needed"),
         *(f"-l{name}" for name in _LINKED),
     )
     if not program.exists():
@@ -69,10 +70,11 @@ def _compile(packed: Path, program: Path) -> None:
 
 
 def dpdk_tree() -> Path:
-    """A tree for the option `trees` of guests: ``dpdk-testpmd``, `DRIVERS`, and ``vdpa_backend``, which is
-    ``programs/vdpa_backend.c``. Made on first use.
+    """A tree for the option `trees` of guests: ``dpdk-testpmd``, `DRIVERS`, and ``vdpa_backend`` and
+    ``dpdk_sleeper``, whose sources are in ``programs``. Made on first use.
 
-    Raises `PeerError` if packages cannot be had or the program cannot be compiled.
+    Raises `PeerError` if packages cannot be had or a program cannot be compiled.
     """
-    recipe = [SUITE, *_PACKAGES, *_PROGRAMS, *_toolchain.PACKAGES, str(_LAYOUT), _BACKEND.read_text("utf-8")]
+    recipe = [SUITE, *_PACKAGES, *_PROGRAMS, *_LINKED, *_toolchain.PACKAGES, str(_LAYOUT)]
+    recipe += [source.read_text("utf-8") for source in _SOURCES]
     return used(cached("guest-dpdk", "\n".join(recipe), _make)) / "tree"

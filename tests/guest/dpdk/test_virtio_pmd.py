@@ -1,5 +1,6 @@
 """DPDK's virtio driver (drivers/net/virtio) in a guest's user space: testpmd, with each personality of the
-card, on vfio-pci behind a virtual IOMMU. It runs once for all sentences here.
+card, and a program that sleeps until it is interrupted, on vfio-pci behind a virtual IOMMU. They run once for
+all sentences here.
 
 The cards are served by our own engine alone: libvfio-user refuses the unmaps of such a QEMU
 (Limit.UNKNOWN_UNMAPS).
@@ -17,7 +18,7 @@ import pytest
 import trio
 
 from device.profiles import PROFILES
-from tests.guest import Root, boot
+from tests.guest import Guest, Root, boot
 from tests.guest._dpdk import loading
 from tests.guest._machine import accelerator
 from tests.guest.cards import MAC, ServedCard, serve_cards
@@ -40,8 +41,9 @@ SIZES: Final = [60, 61, 127, 128, 1000, 1513, 1514]
 JUMBO_SIZES: Final = [2047, 2048, 2049, 4096, 9014]  # about the sizes of one and two buffers
 PATIENCE: Final = 180  # seconds for some fifteen on an idle machine
 
+DRIVERS: Final = loading("bus_pci", "mempool_ring", "net_virtio")
 COMMAND: Final = (
-    f"dpdk-testpmd --in-memory -m 64 -l 0-1 {loading('bus_pci', 'mempool_ring', 'net_virtio')}"
+    f"dpdk-testpmd --in-memory -m 64 -l 0-1 {DRIVERS}"
     " $(for card in $cards; do echo -a ${card##*/}; done)"
     " -- -i --port-topology=loop --total-num-mbufs=8192 --enable-scatter --tx-offloads=0x8000"
 )
@@ -51,6 +53,7 @@ SCRIPT: Final = f"""
 cards="$(card 0) $(card 1) $(card 2)"
 give vfio-pci $cards
 {STEERED.format(command=COMMAND)}
+dpdk_sleeper --in-memory -m 32 -l 0 {DRIVERS} -a $(basename $(card 0))
 tell quiet; await_host
 """
 
@@ -80,6 +83,8 @@ class Story:
     """A frame back from each card, after its port was stopped and started."""
     checksum: bytes = b""
     """A datagram whose checksum was left to the card."""
+    woken: list[bytes] = field(default_factory=list)
+    """Frames back from a program that the card had to wake for each."""
     windows: list[list[tuple[int, int, int, bool]]] = field(default_factory=list)
     """Each card's, when testpmd has gone."""
     warnings: list[str] = field(default_factory=list)
@@ -191,6 +196,15 @@ async def _tell_restart(story: Story, pmd: Testpmd, wires: list[Wire], cards: li
     await pmd.run("stop")
 
 
+async def _tell_interrupts(story: Story, guest: Guest, wire: Wire) -> None:
+    for mark in (0, 0, 1 << 24):  # the program takes the last for the end
+        await guest.printed("sleeps\n")
+        await wire.send(frame(OWN, mark=mark))
+        story.woken.append(await wire.receive())
+        await guest.printed("woken\n")
+    await guest.printed("done\n")
+
+
 async def _watch(root: Root, dpdk: Path, folder: Path) -> Story:
     story = Story()
     accel = await accelerator(root)
@@ -231,6 +245,7 @@ async def _watch(root: Root, dpdk: Path, folder: Path) -> Story:
             await _tell_link(story, pmd, wires[0])
             await _tell_restart(story, pmd, wires, cards)
             await pmd.quit()
+            await _tell_interrupts(story, guest, wires[0])
             await guest.expect("quiet")
             story.windows = [sorted(card.nic.function.dma.windows()) for card in cards]
             guest.say()
@@ -301,6 +316,10 @@ def test_checksums_that_are_left_to_the_card_are_right(story: Story) -> None:
     udp = story.checksum[34 : 34 + length]
     assert udp[8:] == PAYLOAD
     assert sum16(PSEUDO + udp) == 0xFFFF
+
+
+def test_a_program_sleeps_until_the_receive_queue_interrupts_it(story: Story) -> None:
+    assert story.woken == [swapped(frame(OWN, mark=mark)) for mark in (0, 0, 1 << 24)]
 
 
 def test_nothing_is_left_behind_and_nobody_complains(story: Story) -> None:

@@ -1,4 +1,5 @@
-/* A vhost-user backend whose data path is a vDPA device: DPDK's own library and driver, and no more than what
+/*
+ * A vhost-user backend whose data path is a vDPA device: DPDK's own library and driver, and no more than what
  * these leave to an application. It serves the device at a socket until its standard input ends.
  *
  *   vdpa_backend [options of DPDK] -- DEVICE SOCKET
@@ -34,7 +35,7 @@ static void leave(int vid)
     printf("\n");
 }
 
-static const struct rte_vhost_device_ops EVENTS = {.new_device = serve, .destroy_device = leave};
+static const struct rte_vhost_device_ops EVENTS = { .new_device = serve, .destroy_device = leave };
 
 int main(int argc, char **argv)
 {
