@@ -144,7 +144,7 @@ RIGS: Final = [
     Rig(1, Engine.NATIVE),
     Rig(2, Engine.NATIVE),
     Rig(4, Engine.NATIVE),
-    Rig(4, Engine.LIBVFIO_USER),
+    Rig(2, Engine.LIBVFIO_USER),
 ]
 
 
