@@ -11,11 +11,12 @@ from typing import Any, TextIO, TypeVar
 import click
 import trio
 
-from tests.guest import Card, GuestError, Network, RigError, boot, guest_root
+from tests.guest import Card, GuestError, Network, boot, guest_root
 from tests.guest._arch import ARCHES, HOST
 from tests.guest._arguments import card_arguments, machine_arguments
 from tests.guest._dpdk import dpdk_tree
 from tests.guest._machine import accelerator
+from tests.peers.cache import PeerError
 
 _SOCKET = click.Path(exists=True, dir_okay=False, path_type=Path)
 _ARCHES = {arch.debian: arch for arch in ARCHES}
@@ -160,5 +161,5 @@ def run(
 if __name__ == "__main__":
     try:
         main(prog_name="python -m tests.guest")
-    except (RigError, GuestError) as failed:
+    except (PeerError, GuestError) as failed:
         raise SystemExit(f"guest rig: {failed}") from None

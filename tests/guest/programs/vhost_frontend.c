@@ -148,7 +148,8 @@ static void begin(struct frontend *frontend, const char *path, const char *mac, 
     offered = say(frontend, (struct message){ .request = GET_FEATURES }, -1);
     demand("features", (offered & (WANTED | LOG_ALL)) == (WANTED | LOG_ALL));
     step("status", true, "%s", offered & 1ull << VIRTIO_NET_F_STATUS ? "offered" : "not offered");
-    demand("protocol", (say(frontend, (struct message){ .request = GET_PROTOCOL_FEATURES }, -1) & PROTOCOL) == PROTOCOL);
+    offered = say(frontend, (struct message){ .request = GET_PROTOCOL_FEATURES }, -1);
+    demand("protocol", (offered & PROTOCOL) == PROTOCOL);
     demand("set_protocol", !say_number(frontend, SET_PROTOCOL_FEATURES, PROTOCOL, -1));
     demand("socketpair", !socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
     demand("backend_channel", !say(frontend, (struct message){ .request = SET_BACKEND_REQ_FD }, pair[1]));
