@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from contextlib import suppress
 from pathlib import Path
@@ -53,10 +54,17 @@ class Wire:
             return await self._next()
 
     async def send_back(self) -> None:
-        """Be a mirror, until the cable is pulled."""
-        with suppress(trio.ClosedResourceError):
-            while True:
-                await self.send(await self._next())
+        """Be a mirror."""
+        while True:
+            await self.send(await self._next())
+
+    def forget(self) -> None:
+        """Drop what the card has sent."""
+        assert self._stream is not None
+        self._buffer.clear()
+        with suppress(BlockingIOError):
+            while os.read(self._stream.socket.fileno(), 1 << 16):
+                pass
 
     async def _next(self) -> bytes:
         (length,) = _LENGTH.unpack(await self._take(_LENGTH.size))
