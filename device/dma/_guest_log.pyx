@@ -15,6 +15,7 @@ be set again; one that somebody else sets there is lost, so with such a log only
 Where the log is not to be reached, or is too short, bits are left out, and the flags say so.
 """
 
+from libc.errno cimport ETIMEDOUT
 from libc.stdint cimport int32_t, uint8_t, uint64_t
 from libc.stdlib cimport free, malloc, qsort
 from libc.string cimport memset
@@ -27,6 +28,7 @@ from device.dma._windows cimport (
     FAULT_DISTURBED,
     FAULT_MESSAGE_ONLY,
     FAULT_NONE,
+    FAULT_REFUSED,
     DmaWindows,
 )
 
@@ -151,16 +153,18 @@ cdef class GuestLog(WriteLog):
         return owed
 
     cdef int settle(self) noexcept nogil:
-        """See WriteLog."""
+        """See WriteLog. FAULT_DISTURBED also when others wrote so much meanwhile that it would have no end."""
+        cdef size_t left = self._owed_count
         cdef int fault = FAULT_NONE
         if self._settling:
-            return FAULT_NONE               # by another thread, which sees to what is new as well
+            return FAULT_NONE               # by another thread, whose caller sees to what is new as well
         self._settling = True
         qsort(self._owed, self._owed_count, sizeof(uint64_t), _by_page)
-        while self._owed_count and fault == FAULT_NONE:
+        while self._owed_count and left and fault == FAULT_NONE:
             fault = self._settle_block()
+            left -= 1
         self._settling = False
-        return fault
+        return FAULT_DISTURBED if self._owed_count else fault
 
     cdef int _settle_block(self) noexcept nogil:
         """Set the last bits that are owed, and those that lie with them: FAULT_NONE, FAULT_DISTURBED."""
@@ -193,6 +197,8 @@ cdef class GuestLog(WriteLog):
             return FAULT_DISTURBED
         if fault != FAULT_NONE:
             self._lose()
+        if fault == FAULT_REFUSED - ETIMEDOUT:
+            self.drop()                     # else each block would wait as long for who does not answer
         return FAULT_NONE
 
     cdef int _merge(self, uint64_t address, const uint8_t *bits, uint64_t length) noexcept nogil:
@@ -200,6 +206,7 @@ cdef class GuestLog(WriteLog):
         cdef uint8_t merged[BLOCK]
         cdef uint8_t *where
         cdef uint64_t run, i
+        cdef uint64_t epoch = self._epoch
         cdef bint news = False
         cdef int32_t losses = load_int(self._dma.losses)
         cdef int fault = self._dma.span(address, length, DMA_READ | DMA_WRITE, &where, &run)
@@ -214,6 +221,8 @@ cdef class GuestLog(WriteLog):
         fault = self._dma.copy_in(merged, address, length)
         if fault != FAULT_NONE:
             return fault
+        if self._epoch != epoch:
+            return FAULT_DISTURBED          # the log has another place, and this memory another use
         for i in range(length):
             news |= (bits[i] & ~merged[i]) != 0
             merged[i] |= bits[i]

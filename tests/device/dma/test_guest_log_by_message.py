@@ -174,6 +174,41 @@ def test_a_log_that_is_turned_on_anew_in_the_middle_leaves_out_what_the_one_befo
     assert pages_of(world.told.read(LOG + PAGE, PAGE)) == {4}
 
 
+def test_where_the_log_was_nothing_is_written_after_it_has_moved(world: World) -> None:
+    world.write(3, 9)
+    world.when(READ, lambda: world.log.start(LOG + PAGE, LOG + 2 * PAGE))
+    assert not world.dma.settle_guest_log()
+    assert world.client.asked == [READ]
+
+
+def test_who_settles_gets_away_from_others_who_write_all_the_time(world: World) -> None:
+    pages = iter(range(10, 1000))
+
+    def write_on(_ask: Ask) -> None:
+        world.write(next(pages))
+
+    world.client.meanwhile = write_on
+    world.write(3, 9)
+    assert not world.dma.settle_guest_log()
+    assert world.log.owing
+    world.client.meanwhile = lambda _: None
+    assert world.dma.settle_guest_log()
+    assert world.bits == {3, 9, *range(10, next(pages))}
+
+
+def test_a_client_that_does_not_answer_is_waited_for_once(world: World) -> None:
+    def late() -> None:
+        raise DeviceError(errno.ETIMEDOUT, "nothing")
+
+    world.log.start(LOG + PAGE - 1, LOG + PAGE + 1)  # in two blocks of the log's memory
+    world.write(0, 8)
+    world.when(("read", LOG + PAGE, 1), late)
+    assert world.dma.settle_guest_log()
+    assert world.client.asked == [("read", LOG + PAGE, 1)]
+    assert world.log.unreachable
+    assert not world.log.owing
+
+
 @pytest.mark.parametrize("asked", [READ, WRITE])
 def test_a_log_whose_driver_has_gone_in_the_middle_is_complete_and_then_says_nothing(
     world: World, asked: Ask
