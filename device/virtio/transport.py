@@ -121,10 +121,10 @@ class VirtioPciTransport:
 
     def reset(self) -> None:
         """Status 0: the driver starts over (2.4)."""
-        status = self.status
+        shown = self.shown_status  # an earlier reset may not be complete either
         self.model.driver_gone()
         self._power_on()
-        self._left_behind = status
+        self._left_behind = shown
         self.lines.read_isr()
         self.on_reset()
 
