@@ -35,7 +35,7 @@ class Migration:
     bytes. `traits` are what a source and its destination must have in common besides what the function shows
     of itself: name and value, a line of text each. They come first: a refusal names the first that differs.
 
-    `arrivals` counts the cards that this one took over. Nothing announces them on the network.
+    `arrivals` counts the cards that this one took over. To tell the network is the model's affair.
     """
 
     flags = MigrationFlags.STOP_COPY | MigrationFlags.PRE_COPY
