@@ -96,9 +96,10 @@ class LiveMigration:
     """The block of a card with `queues` and `dma`: a handler of its BAR, and a part that moves.
 
     Ring state is that of the queues themselves: of one that runs, how far it has got, without chains in
-    flight; of one that was stopped, where another card has to go on. Reading it by 16 bits ends a stop. It is
-    written before a queue runs, which is when it is enabled and the driver has said DRIVER_OK, and not taken
-    after. Who writes last_avail alone says that nothing is in flight: the used index is set to the same.
+    flight; of one that was stopped, where another card has to go on. Reading it by 16 bits ends its queue's
+    stop. It is written before a queue runs, which is when it is enabled and the driver has said DRIVER_OK, and
+    not taken after. Who writes last_avail alone says that nothing is in flight: the used index is set to the
+    same.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class LiveMigration:
         by_words, by_others = _LAYOUTS[layout]
         self._by_words = DeclaredRegisters(by_words, self)
         self._by_others = DeclaredRegisters(by_others, self)
+        self._queue_at = {each.offset: each.index for each in by_words if each.index is not None}
         self.reset()
 
     def reset(self) -> None:
@@ -125,7 +127,9 @@ class LiveMigration:
         """See Handler."""
         if count != 2:
             return self._by_others.read(offset, count)
-        self._come_to_rest()
+        index = self._queue_at.get(offset)
+        if index is not None:
+            self._come_to_rest(self._queues[index])
         return self._by_words.read(offset, count)
 
     def write(self, offset: int, count: int, value: int) -> None:
@@ -182,16 +186,15 @@ class LiveMigration:
         """Kept for who reads it: a card with one pair has nothing to choose from."""
         self._pairs = value
 
-    def _come_to_rest(self) -> None:
-        """Have queues that are stopping be at rest. Linux's driver, which reads by 16 bits, does not wait for
-        that (ifcvf_vdpa_set_vq_ready), and goes on from what it reads: the rings must not change any more.
+    def _come_to_rest(self, queue: VirtQueue) -> None:
+        """Have a queue that is stopping be at rest. Linux's driver, which reads by 16 bits, does not wait for
+        that (ifcvf_vdpa_set_vq_ready), and goes on from what it reads: the ring must not change any more.
 
         Only where the client is asked for memory is anything in flight still. Chains are given back then, and
         what the driver cannot see of is done by the queue if it is enabled as it was, and lost with a reset.
         """
-        for queue in self._queues:
-            if queue.stopping:
-                queue.disable()
+        if queue.stopping:
+            queue.disable()
 
     def _queue(self, index: int) -> VirtQueue:
         """One of them, at rest if it was stopped and nothing of it is in flight any more."""

@@ -360,6 +360,22 @@ def test_a_driver_that_does_not_wait_for_the_end_of_a_stop_can_go_on_after_it(pl
         assert driver.sent() == out[2 if places else 1 :]
 
 
+def test_a_stop_is_ended_by_reading_the_state_of_its_own_ring_alone() -> None:
+    with asking(buffers=0) as (driver, client):
+        seen: list[bool] = []
+
+        def stop_and_look() -> None:
+            driver.stop(TX_QUEUE)
+            for offset in (0x08, RING_STATE[RX_QUEUE], RING_STATE[CONTROL_QUEUE], RING_STATE[TX_QUEUE] + 2):
+                driver.function.region_read(LIVE_MIGRATION_BAR, offset, 2)
+                seen.append(driver.enabled(TX_QUEUE))
+
+        once_in_flight(driver, client, len(numbered(0)), stop_and_look)
+        driver.send(numbered(0))
+        driver.settle()
+        assert seen == [True, True, True, False]
+
+
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("queue", [RX_QUEUE, TX_QUEUE])
 def test_ring_state_that_is_read_at_any_moment_by_a_driver_that_does_not_wait_holds(
