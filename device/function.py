@@ -22,7 +22,7 @@ from device.errors import DeviceError
 from device.identity import Identity
 from device.interrupts.controller import Interrupts
 from device.interrupts.kinds import IrqFlags, IrqIndex, IrqKind
-from device.pci.bars import Bar, BarKind, Handler
+from device.pci.bars import Accesses, Bar, BarKind, Data, Handler
 from device.pci.capabilities import Capability, Msi, Msix, PowerManagement
 from device.pci.capabilities.base import arrange, place_all
 from device.pci.capabilities.pm import D0, PmControl
@@ -37,6 +37,7 @@ __all__ = [
     "Accesses",
     "Bar",
     "BarKind",
+    "Data",
     "DeviceError",
     "Handler",
     "Identity",
@@ -53,8 +54,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-
-Data = bytes | bytearray | memoryview
 
 
 class ResetKind(Enum):
@@ -104,16 +103,6 @@ class IoEventFdArea:
     size: int
     fd: int
     datamatch: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Accesses:
-    """What answers accesses to a region, and refuses them with DeviceError: read(offset, count) and
-    write(offset, data).
-    """
-
-    read: Callable[[int, int], bytes]
-    write: Callable[[int, Data], None]
 
 
 _ABSENT = Region(0, readable=False, writable=False)
@@ -250,8 +239,12 @@ class PciFunction:
         Accesses that are refused because BARs are not decoded do not get there. KeyError if there is no such
         region.
         """
-        made = between(Accesses(self._reads[index], self._writes[index]))
+        made = between(self.accesses(index))
         self._reads[index], self._writes[index] = made.read, made.write
+
+    def accesses(self, index: int) -> Accesses:
+        """What answers accesses to region `index`, decoded or not; KeyError if there is no such region."""
+        return Accesses(self._reads[index], self._writes[index])
 
     def _refuse_undecoded(self, index: int, offset: int, count: int) -> None:
         bar = self.bars.get(index)

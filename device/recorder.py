@@ -13,13 +13,16 @@
 Registers have their names of virtio 1.3, 4.1.4.3. Numbers are as they are in registers, little-endian.
 
 An access that was refused, or of another width than 1, 2, 4 or 8 bytes, stands in a comment. Configuration
-space is left out: a hypervisor answers much of it itself, and asks for much that no driver wants. So is
-on-card memory, which is no register and may be mapped.
+space is left out: a hypervisor answers much of it itself, and asks for much that no driver wants. What comes
+to registers by its window (virtio 1.3, 4.1.4.9) is there. On-card memory is left out too: it is no register
+and may be mapped.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,7 +56,8 @@ class Recorder:
 
     After `limit` bytes, or should `put` raise OSError, the recording ends and the card lives on.
 
-    From now on the card offers no eventfds for doorbells: they would be rung past the recorder.
+    From now on the card offers no eventfds for doorbells: they would be rung past the recorder, as those are
+    that a client has already.
     """
 
     def __init__(
@@ -128,13 +132,25 @@ class Recorder:
 
 @contextmanager
 def recording(card: NetworkCard, file: Path) -> Iterator[None]:
-    """Record `card` in `file`, which is made anew; OSError if it cannot be."""
-    with file.open("wb", buffering=0) as out:
-        recorder = Recorder(card, out.write)
+    """Record `card` in `file`, which is made anew; OSError if it cannot be.
+
+    Nobody waits for who reads it, should it be a pipe or a terminal.
+    """
+    with open(file, "wb", buffering=0, opener=_without_waiting) as out:
+
+        def put(line: bytes) -> None:
+            if out.write(line) != len(line):
+                raise BlockingIOError(errno.EAGAIN, "its file takes no more for now")
+
+        recorder = Recorder(card, put)
         try:
             yield
         finally:
             recorder.close()
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,11 +207,11 @@ def check_files(cards: tuple[CardConfig, ...], where: str) -> tuple[CardConfig, 
         ("socket", [card.socket for card in cards]),
         ("recording", [card.record for card in cards]),
     ):
-        seen: dict[Path, int] = {}
+        seen: dict[str, int] = {}
         for number, file in enumerate(files, 1):
             if file is None:
                 continue
-            path = file.absolute()
+            path = os.path.realpath(file)
             if path in seen:
                 raise ConfigError(
                     f"{where}: cards {seen[path]} and {number} have the same {what} {file}; give each its own"

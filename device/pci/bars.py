@@ -5,6 +5,7 @@ import logging
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 from typing import Protocol
@@ -23,6 +24,19 @@ UNMODELLED_OFFSETS = (
 )
 
 _NATURAL = {1: 0, 2: 1, 4: 3, 8: 7}  # access size -> the offset bits that must be clear
+
+
+Data = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Accesses:
+    """What answers accesses to a region, and refuses them with DeviceError: read(offset, count) and
+    write(offset, data).
+    """
+
+    read: Callable[[int, int], bytes]
+    write: Callable[[int, Data], None]
 
 
 class BarKind(Enum):
@@ -162,7 +176,7 @@ class Bar:
         with self.gate:
             return self._read_pieces(offset, count)
 
-    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+    def write(self, offset: int, data: Data) -> None:
         """Write `data`; DeviceError(EINVAL) outside the BAR."""
         count = len(data)
         if offset < 0 or offset + count > self.size:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from device.errors import DeviceError
 from device.pci._bar_memory import BarMemory, Revocable, Sealed
 from device.pci._memfd import PAGE
-from device.pci.bars import BarKind, check_bar
+from device.pci.bars import BarKind, Data, check_bar
 from device.revocation import Revocation
 
 
@@ -75,7 +75,7 @@ class MemoryBar:
         there = max(min(self.backing - offset, count), 0)
         return self.load(offset, there).ljust(count, b"\xff")
 
-    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+    def write(self, offset: int, data: Data) -> None:
         """Write `data`, decoded or not; refusals as those of `read`, and nothing is written then."""
         self._check(offset, len(data))
         self.store(offset, memoryview(data)[: max(self.backing - offset, 0)])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from device.card import NetworkCard
 from device.errors import DeviceError
 from device.function import RegionIndex, ResetKind
+from device.pci.capabilities.virtio import VirtioPciCfgAccess
 from device.profiles import COMMON, DEVICE_CONFIG, DOORBELLS, ISR, MSIX_TABLE, parse_profile
 from device.recorder import Recorder, recording
 from tests.device.test_card import Quiet
@@ -170,6 +173,33 @@ def test_a_full_disk_ends_the_recording_and_nothing_else(caplog: pytest.LogCaptu
     assert kept == [b"# n3000\n", b"r2 common.num_queues = 3\n"]
     assert caplog.messages == ["the recording ends here: No space left on device"]
     card.function.close()
+
+
+def test_nobody_waits_for_who_reads_a_recording(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    card = NetworkCard(Quiet(), bar2_size=4096)
+    with pytest.raises(OSError, match="No such device"), recording(card, fifo):
+        pass  # for nobody has it open to read
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    with recording(card, fifo):
+        for _ in range(fcntl.fcntl(reader, fcntl.F_GETPIPE_SZ) // len(ONE)):
+            card.function.region_read(0, COMMON + 0x12, 2)
+    assert os.read(reader, 100).startswith(f"# n3000\n{ONE}\n".encode())
+    assert caplog.messages == ["the recording ends here: its file takes no more for now"]
+    os.close(reader)
+    card.function.close()
+
+
+def test_what_comes_by_the_window_in_configuration_space_is_recorded(recorded: Recorded) -> None:
+    function = recorded.card.function
+    window = next(part for part in function.capabilities if isinstance(part, VirtioPciCfgAccess))
+    for name, value in (("OFFSET", COMMON + 0x12), ("LENGTH", 2)):
+        function.region_write(RegionIndex.CONFIG, window.at(name), value.to_bytes(4, "little"))
+    assert function.region_read(RegionIndex.CONFIG, window.at("DATA"), 2) == b"\3\0"
+    function.region_write(RegionIndex.CONFIG, window.at("OFFSET"), (COMMON + 0x16).to_bytes(4, "little"))
+    function.region_write(RegionIndex.CONFIG, window.at("DATA"), b"\1\0\0\0")
+    assert recorded.lines == [ONE, "w2 common.queue_select 1"]
 
 
 def test_a_recording_is_made_anew_and_grows_line_by_line(tmp_path: Path) -> None:

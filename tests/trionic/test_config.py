@@ -160,6 +160,14 @@ def test_two_cards_cannot_share_a_recording(file: Path) -> None:
     assert refusal(file, text) == "cards 1 and 2 have the same recording x; give each its own"
 
 
+def test_two_cards_cannot_share_a_recording_by_a_link(file: Path) -> None:
+    link = file.with_name("link")
+    link.symlink_to(file.with_name("card.trace"))
+    records = f'record = "{file.with_name("card.trace")}"', f'record = "{link}"'
+    text = "".join(f'[[card]]\nsocket = "{number}"\n{record}\n' for number, record in enumerate(records))
+    assert refusal(file, text) == f"cards 1 and 2 have the same recording {link}; give each its own"
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol
 
 from device.interrupts.controller import Interrupts
-from device.pci.bars import Bar
+from device.pci.bars import Accesses, Bar
 from device.pci.config_space import CAPABILITIES_END, HEADER_SIZE, ConfigSpace
 from device.pci.memory_bar import MemoryBar
 from device.pci.registers import At, Byte
@@ -22,6 +22,9 @@ class Host(Protocol):
     @property
     def bars(self) -> Mapping[int, Bar | MemoryBar]:
         """By BAR index."""
+
+    def accesses(self, index: int) -> Accesses:
+        """What answers accesses to a BAR."""
 
     @property
     def interrupts(self) -> Interrupts:
