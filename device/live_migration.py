@@ -97,9 +97,9 @@ class LiveMigration:
 
     Ring state is that of the queues themselves: of one that runs, how far it has got, without chains in
     flight; of one that was stopped, where another card has to go on. Reading it by 16 bits ends its queue's
-    stop. It is written before a queue runs, which is when it is enabled and the driver has said DRIVER_OK, and
-    not taken after. Who writes last_avail alone says that nothing is in flight: the used index is set to the
-    same.
+    stop. It is written before a queue runs, which is when it is enabled and the driver has said DRIVER_OK,
+    and not taken after. Who writes last_avail alone says that nothing is in flight: the used index is set to
+    the same.
     """
 
     def __init__(
