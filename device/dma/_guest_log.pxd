@@ -27,4 +27,5 @@ cdef class GuestLog(WriteLog):
     cdef uint64_t _place(self, uint64_t page) noexcept nogil
     cdef int _settle_block(self) noexcept nogil
     cdef int _merge(self, uint64_t address, const uint8_t *bits, uint64_t length) noexcept nogil
+    cdef int _write(self, uint64_t address, const uint8_t *bits, uint64_t length) noexcept nogil
     cdef void _lose(self) noexcept nogil

@@ -52,7 +52,6 @@ cdef class DmaWindows(Marking):
     cdef int unless_lost(self, int32_t before, uint64_t iova, uint64_t length, uint32_t prot) noexcept nogil
     cdef int copy_in(self, void *target, uint64_t iova, uint64_t length) noexcept nogil
     cdef int copy_out(self, uint64_t iova, const void *source, uint64_t length) noexcept nogil
-    cdef int write_for_log(self, uint64_t iova, const uint8_t *source, uint64_t length) noexcept nogil
     cdef int _by_message(self, uint64_t iova, uint64_t *run, uint8_t *target, const uint8_t *source,
                          bint logged) noexcept nogil
     cdef int _ask(self, uint64_t iova, uint64_t length, uint8_t *target, const uint8_t *source,

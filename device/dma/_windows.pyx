@@ -29,7 +29,7 @@ from device.dma._files cimport Backing, SharedFiles
 from device.dma._pins cimport Pin, Pins
 from device.dma._table cimport Place, Window, WindowTable
 
-from device.dma.remote import UnwantedError
+from device.dma.remote import UnwantedError, errno_of
 from device.errors import DeviceError
 
 
@@ -43,19 +43,10 @@ MAX_WINDOWS = 1 << 20
 DEFAULT_REMOTE_LIMIT = 1 << 20
 MAX_REMOTE_LIMIT = 1 << 24      # each message is a bytes object, whatever a peer grants
 
-MAX_ERRNO = 4095                # linux/err.h
-
 PROT_DMA_READ = DMA_READ
 PROT_DMA_WRITE = DMA_WRITE
 
 log = logging.getLogger(__name__)
-
-
-cdef int _fault(number):
-    """What it is when asking the client raised `number`."""
-    if number == errno.ENOTCONN:
-        return FAULT_GONE
-    return FAULT_REFUSED - (number if number is not None and 0 < number <= MAX_ERRNO else errno.EIO)
 
 
 def _error(int fault, refusal):
@@ -439,21 +430,6 @@ cdef class DmaWindows(Marking):
             done += run
         return self.unless_lost(losses, iova, length, DMA_WRITE)
 
-    cdef int write_for_log(self, uint64_t iova, const uint8_t *source, uint64_t length) noexcept nogil:
-        """Have the client write a part of its guest's log, which is not told of that."""
-        cdef uint8_t *part
-        cdef uint64_t run, done = 0
-        cdef int fault
-        while done < length:
-            fault = self.span(iova + done, length - done, DMA_WRITE, &part, &run)
-            if fault != FAULT_MESSAGE_ONLY:
-                return FAULT_DISTURBED if fault == FAULT_NONE else fault
-            fault = self._by_message(iova + done, &run, NULL, source + done, False)
-            if fault != FAULT_NONE:
-                return fault
-            done += run
-        return FAULT_NONE
-
     cdef int _by_message(self, uint64_t iova, uint64_t *run, uint8_t *target, const uint8_t *source,
                          bint logged) noexcept nogil:
         """Have the client's bytes in `target`, or give it those in `source`; `run` shrinks to one message.
@@ -497,7 +473,7 @@ cdef class DmaWindows(Marking):
         except UnwantedError:
             fault = FAULT_DISTURBED
         except DeviceError as error:
-            fault = _fault(error.errno)
+            fault = FAULT_GONE if error.errno == errno.ENOTCONN else FAULT_REFUSED - errno_of(error)
             log.debug("DMA by message, %d bytes at %#x: %s", length, iova, error)
         finally:
             if depth:

@@ -1,12 +1,16 @@
 """The client's memory where no file descriptor of it came: reached by asking the client for each access."""
 
 from collections.abc import Callable
-from typing import Protocol
+from errno import EIO
+from typing import Final, Protocol
 
 from device.errors import DeviceError
 
 Wanted = Callable[[], bool]
 """Whether an access that was asked for is still to be made; to be called with the gate held."""
+
+
+MAX_ERRNO: Final = 4095  # linux/err.h
 
 
 def always() -> bool:
@@ -16,6 +20,12 @@ def always() -> bool:
 
 class UnwantedError(DeviceError):
     """The card was reset or halted, or the window is gone, before the access was asked of the client."""
+
+
+def errno_of(error: DeviceError) -> int:
+    """What the client refused with, or EIO where that is no errno."""
+    number = error.errno
+    return number if number is not None and 0 < number <= MAX_ERRNO else EIO
 
 
 class RemoteMemory(Protocol):

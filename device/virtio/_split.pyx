@@ -87,9 +87,9 @@ cdef class VirtQueue(Rings):
         self.stopping = False
 
     def finish_stop(self):
-        """Disable the queue if it is stopping, no chain is in flight, the driver can see that of all that were,
-        and the guest's log has heard of it; or if that can never be: the queue is broken, or its rings are in no window. Then what the
-        driver cannot see of is not a part of `last_avail`.
+        """Disable the queue if it is stopping, no chain is in flight, the driver can see that of all that
+        were, and the guest's log has heard of it; or if that can never be: the queue is broken, or its rings
+        are in no window. Then what the driver cannot see of is not a part of `last_avail`.
         """
         if (self.stopping and not self.dma.owes_log()
                 and (self._fault or self.settled() or self._popped == 0 and not self.reachable())):
