@@ -17,8 +17,8 @@ wait_for 5 grep -q 1 /sys/class/net/$dev/carrier
 tell up; await_host
 wait_for 5 grep -q 0 /sys/class/net/$dev/carrier
 ip link show $dev; tell down; await_host
-wait_for 5 grep -q 1 /sys/class/net/$dev/carrier
-ping -c 2 -i 0.2 10.77.0.1
+bring_up $dev
+ping -c 1 -W 5 10.77.0.1
 """
 """The link goes down and up with the host's TAP device; see `switch_link`."""
 

@@ -41,7 +41,7 @@ check_line() {
 }
 unbind() { echo $function > /sys/bus/pci/drivers/virtio-pci/unbind; }
 bind() { echo $function > /sys/bus/pci/drivers/virtio-pci/bind; }
-up() { modprobe virtio_net; dev=$(nic); ip addr add 10.77.0.2/24 dev $dev; ip link set $dev up; }
+up() { modprobe virtio_net; dev=$(nic); ip addr add 10.77.0.2/24 dev $dev; bring_up $dev; }
 """
 
 

@@ -25,7 +25,7 @@ modprobe virtio_net
 dev=$(nic)
 ip addr add 10.77.0.2/24 dev $dev
 ip -6 addr add fd77::2/64 dev $dev nodad
-ip link set $dev up
+bring_up $dev
 """
 
 
@@ -202,7 +202,7 @@ def test_a_killed_test_run_takes_its_guests_with_it(guest_root: Root) -> None:
 async def test_guest_and_namespace_reach_each_other(
     boot_guest: BootGuest, network: Network, guest_root: Root
 ) -> None:
-    script = f"{_UP}\nping -c 2 -i 0.2 10.77.0.1\nping -c 1 fd77::1\ntell up\nawait_host"
+    script = f"{_UP}\nping -c 1 -W 5 10.77.0.1\nping -c 1 fd77::1\ntell up\nawait_host"
     async with boot_guest(script, network=network, taps=[network.tap]) as guest:
         await guest.expect("up")
         assert " 0% packet loss" in await network.run(guest_root, "ping", "-c", "2", "-i", "0.2", "10.77.0.2")

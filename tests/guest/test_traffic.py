@@ -15,7 +15,7 @@ modprobe virtio_net
 dev=$(nic)
 ip addr add 10.77.0.2/24 dev $dev
 ip -6 addr add fd77::2/64 dev $dev nodad
-ip link set $dev up
+bring_up $dev
 """
 
 # Of two cards, each with a network of its own.
@@ -24,7 +24,7 @@ modprobe virtio_net
 for n in 0 1; do
     dev=$(nic $n)
     ip addr add 10.77.$(( $(cut -d: -f6 /sys/class/net/$dev/address) )).2/24 dev $dev
-    ip link set $dev up
+    bring_up $dev
 done
 """
 
@@ -41,14 +41,14 @@ async def test_an_unmodified_driver_binds_and_pings(boot_guest: BootGuest, card:
         f"""{UP}
         ethtool -i $dev
         cat /sys/class/net/$dev/address
-        ping -c 3 -i 0.2 10.77.0.1
-        ping -c 3 -i 0.2 fd77::1
+        ping -c 1 -W 5 10.77.0.1
+        ping -c 1 -W 5 fd77::1
         """,
         [card.socket],
     )
     assert "driver: virtio_net" in result.output
     assert card.mac in result.output
-    assert result.output.count("3 packets transmitted, 3 received, 0% packet loss") == 2
+    assert result.output.count("1 received, 0% packet loss") == 2
 
 
 async def test_the_host_pings_the_guest(
@@ -110,7 +110,7 @@ async def test_the_loopback_gives_back_what_the_guest_sends(
     script = """
     modprobe virtio_net
     dev=$(nic)
-    ip link set $dev up arp off promisc on
+    ip link set $dev arp off promisc on; bring_up $dev
     ip addr add 10.77.0.2/24 dev $dev
     timeout 10 tcpdump -Z root -i $dev -c 1 -Q in -n icmp > /tmp/dump &
     sleep 1

@@ -55,6 +55,15 @@ nic() {
     return 1
 }
 
+# bring_up INTERFACE: set it up, and wait up to 10 s until frames leave by it: before the kernel has dealt with its link
+# (net/core/link_watch.c, beside whoever sets it up) they are dropped. `ip link` waits while it does.
+bring_up() {
+    ip link set "$1" up
+    wait_for 10 _link_is_up "$1"
+}
+
+_link_is_up() { ip link show "$1" | grep -q ' state UP '; }
+
 # wait_for SECONDS COMMAND...: repeat the command quietly until it succeeds; fail when the seconds are over.
 wait_for() {
     _end=$(($(date +%s) + $1))
