@@ -55,6 +55,17 @@ def tap_arguments(taps: Sequence[str]) -> list[str]:
     return arguments
 
 
+_IOMMU_ON = " intel_iommu=on"
+
+
+def iommu_arguments(accel: str) -> list[str]:
+    """QEMU's arguments for a virtual IOMMU that tells the cards' servers of each mapping."""
+    arguments = ["-device", "intel-iommu,intremap=on,caching-mode=on"]
+    if accel == "kvm":
+        arguments += ["-M", "kernel-irqchip=split"]  # the IOMMU remaps interrupts
+    return arguments
+
+
 def machine_arguments(
     root: Root,
     *,
@@ -63,11 +74,12 @@ def machine_arguments(
     memory: str,
     kernel_args: str,
     shared: bool = True,
+    iommu: bool = False,
     initrd: Path | None = None,
 ) -> list[str]:
     """QEMU's arguments for the machine that every guest is, without its serial ports and cards.
 
-    `initrd` takes the place of the root's own initramfs.
+    `initrd` takes the place of the root's own initramfs; `iommu` is `tests.guest.boot`'s.
     """
     arch = root.arch
     backend = f"memory-backend-memfd,id=ram,size={memory},share=on"
@@ -78,7 +90,8 @@ def machine_arguments(
         *("-M", f"{arch.machine},accel={accel},memory-backend=ram", "-cpu", arch.cpu),
         *("-smp", str(smp), "-m", memory, "-object", backend, *arch.qemu_args),
         *("-kernel", str(root.kernel), "-initrd", str(initrd or root.initramfs)),
-        *("-append", f"console={arch.console} panic=-1 {arch.kernel_args} {kernel_args}"),
+        *("-append", f"console={arch.console} panic=-1 {arch.kernel_args} {kernel_args}{_IOMMU_ON * iommu}"),
+        *(iommu_arguments(accel) if iommu else ()),
     ]
 
 

@@ -283,6 +283,7 @@ async def boot(
     smp: int = 1,
     memory: str = "512M",
     shared: bool = True,
+    iommu: bool = False,
     accel: str | None = None,
     kernel_args: str = "quiet",
     qemu_args: Sequence[str] = (),
@@ -295,20 +296,21 @@ async def boot(
     """Boot a guest with the cards at `sockets` plugged in and run the shell script `script` in it.
 
     The script runs under ``set -e`` with the functions of ``image/trionic.sh`` (`tell`, `await_host`,
-    `reboot`, `nic`, `wait_for`) and ``$BOOT``. The block may steer it through the `Guest`; at the block's end
-    the guest is waited for, as by `Guest.wait`, unless that was done or the guest was killed. When the guest
-    fails on the way (panic, surprising reset, QEMU's death) or `deadline` seconds pass, the block is
-    cancelled and `GuestError` raised; any other error of the block gets the guest's words as a note. QEMU
-    never outlives the block, nor this process.
+    `reboot`, `nic`, `bring_up`, `wait_for`) and ``$BOOT``. The block may steer it through the `Guest`; at the
+    block's end the guest is waited for, as by `Guest.wait`, unless that was done or the guest was killed.
+    When the guest fails on the way (panic, surprising reset, QEMU's death) or `deadline` seconds pass, the
+    block is cancelled and `GuestError` raised; any other error of the block gets the guest's words as a note.
+    QEMU never outlives the block, nor this process.
 
     `files` are small files, such as kernel modules, which the guest finds by these names in ``/run/files``.
     `trees` are directories whose content the guest has over its own, links as links: a tree with ``usr/bin``
     and ``usr/lib`` brings programs and their libraries. All of it takes the guest's memory, and for a moment
     of its boot twice. ValueError for a directory in a place where guests have a link, such as ``lib``.
     Without `shared` the guest's memory is QEMU's own: cards get no descriptor of it and have to ask for what
-    is there. `taps` are TAP devices that get QEMU's own virtio cards; `network` is the namespace that QEMU
-    runs in; `accel` is ``tcg`` or ``kvm`` instead of what was found to work here. Lines of QEMU's stderr that
-    contain one of `expected_warnings` are no failure.
+    is there. With `iommu` (of x86-64) there is a virtual IOMMU, and Linux uses it for every card: they reach
+    what their drivers map, and nothing else. `taps` are TAP devices that get QEMU's own virtio cards;
+    `network` is the namespace that QEMU runs in; `accel` is ``tcg`` or ``kvm`` instead of what was found to
+    work here. Lines of QEMU's stderr that contain one of `expected_warnings` are no failure.
     """
     if root is None:
         root = await trio.to_thread.run_sync(guest_root)
@@ -332,6 +334,7 @@ async def boot(
                 memory=memory,
                 kernel_args=kernel_args,
                 shared=shared,
+                iommu=iommu,
                 initrd=Path(f"/proc/self/fd/{initrd.fileno()}"),
             ),
             *serial_arguments(inherited[:4]),

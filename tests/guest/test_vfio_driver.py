@@ -8,27 +8,17 @@ engine alone: libvfio-user refuses the unmaps of such a QEMU, and has too few wi
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
 import pytest
 import trio
 
 from device.revocation import Revocation
 from tests.guest import Root, boot
-from tests.guest._machine import accelerator
 from tests.guest.cards import serve_cards
 from tests.guest.programs import Step, program, read_steps
-
-IOMMU: Final = ["-device", "intel-iommu,intremap=on,caching-mode=on"]
-"""QEMU's arguments for a virtual IOMMU that tells the cards' servers of each mapping."""
-
-SPLIT_IRQCHIP: Final = ["-M", "kernel-irqchip=split"]
-"""What KVM needs beside them: the IOMMU remaps interrupts."""
+from tests.guest.seen import Span, Windows, kept_warnings, span
 
 SCRIPT = """
 modprobe vfio-pci
@@ -70,8 +60,6 @@ SHOWN = [
     "storm",
 ]
 
-Windows = list[tuple[int, int, int, bool]]
-READ_WRITE = 3
 RX, TX = 0, 1
 NOWHERE = "a buffer is not in a DMA window that allows the access"
 
@@ -107,35 +95,16 @@ class Story:
         return self.moments[last].said.removeprefix(self.moments[first].said).splitlines()
 
 
-@contextmanager
-def kept_warnings(kept: list[str]) -> Iterator[None]:
-    """Add what is logged as a warning or worse."""
-
-    class Keeper(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            kept.append(record.getMessage())
-
-    keeper = Keeper(logging.WARNING)
-    logging.getLogger().addHandler(keeper)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeHandler(keeper)
-
-
 async def _watch(root: Root, revocation: Revocation, folder: Path) -> Story:
     story = Story()
     warnings: list[str] = []
-    accel = await accelerator(root)
     async with (
         serve_cards(folder, ["loopback", "loopback"], revocation=revocation) as cards,
         boot(
             SCRIPT,
             [card.socket for card in cards],
             root=root,
-            accel=accel,
-            kernel_args="quiet intel_iommu=on",
-            qemu_args=[*IOMMU, *(SPLIT_IRQCHIP if accel == "kvm" else [])],
+            iommu=True,
             files={"vfio_driver": program("vfio_driver")},
             deadline=PATIENCE,
         ) as guest,
@@ -158,26 +127,6 @@ def story(
 ) -> Story:
     """The program, run to its end in a guest with two cards."""
     return trio.run(_watch, guest_root, request.param, tmp_path_factory.mktemp("vfio_driver"))
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Windows without a gap between them."""
-
-    start: int
-    size: int
-    window: int
-    """The size of each of them."""
-    has_descriptor: bool
-
-
-def span(windows: Windows) -> Span:
-    """All of these, which have to be alike and one behind the other, for reading and writing."""
-    ((size, prot, has_descriptor),) = {window[1:] for window in windows}
-    start = windows[0][0]
-    assert prot == READ_WRITE
-    assert [window[0] for window in windows] == [start + n * size for n in range(len(windows))]
-    return Span(start, size * len(windows), size, has_descriptor)
 
 
 def test_the_program_comes_to_its_end_and_qemu_has_nothing_to_say(story: Story) -> None:

@@ -15,12 +15,10 @@ import trio
 
 from tests.guest import Guest, Root
 from tests.guest._dpdk import loading
-from tests.guest._machine import accelerator
 from tests.guest.cards import serve_cards
 from tests.guest.dpdk.testpmd import PREPARED
 from tests.guest.programs import program
 from tests.guest.recording import Recordings, check
-from tests.guest.test_vfio_driver import IOMMU, SPLIT_IRQCHIP
 from tests.guest.vdpa._vhost import SHOWN
 from tests.guest.vdpa.parents import ADD, IFCVF, VDPA
 from tests.guest.vdpa.story import Story
@@ -111,7 +109,6 @@ async def test_drivers_in_user_space_do_to_the_card_what_was_recorded(
     guest_root: Root, dpdk: Path, tmp_path: Path
 ) -> None:
     story = Story()
-    accel = await accelerator(guest_root)
     async with (
         _echo(tmp_path / "echo") as port,
         serve_cards(tmp_path, [port]) as cards,
@@ -119,9 +116,7 @@ async def test_drivers_in_user_space_do_to_the_card_what_was_recorded(
             SCRIPT,
             cards,
             guest_root,
-            kernel_args="intel_iommu=on",
-            qemu_args=[*IOMMU, *(SPLIT_IRQCHIP if accel == "kvm" else [])],
-            accel=accel,
+            iommu=True,
             smp=2,
             memory="1G",
             trees=[dpdk],

@@ -20,11 +20,10 @@ import trio
 from device.profiles import PROFILES
 from tests.guest import Guest, Root, boot
 from tests.guest._dpdk import loading
-from tests.guest._machine import accelerator
 from tests.guest.cards import MAC, ServedCard, serve_cards
 from tests.guest.dpdk.testpmd import PREPARED, STEERED, Testpmd, shown
 from tests.guest.dpdk.wire import Wire
-from tests.guest.test_vfio_driver import IOMMU, SPLIT_IRQCHIP, kept_warnings
+from tests.guest.seen import kept_warnings
 from tests.guest.vdpa.kernel_log import KERNEL_ARGS, complaints
 
 NAMES: Final = list(PROFILES)
@@ -207,7 +206,6 @@ async def _tell_interrupts(story: Story, guest: Guest, wire: Wire) -> None:
 
 async def _watch(root: Root, dpdk: Path, folder: Path) -> Story:
     story = Story()
-    accel = await accelerator(root)
     async with AsyncExitStack() as stack:
         wires: list[Wire] = []
         cards: list[ServedCard] = []
@@ -224,11 +222,10 @@ async def _watch(root: Root, dpdk: Path, folder: Path) -> Story:
                 SCRIPT,
                 [card.socket for card in cards],
                 root=root,
-                accel=accel,
                 smp=2,
                 memory="1G",
-                kernel_args=f"{KERNEL_ARGS} intel_iommu=on",
-                qemu_args=[*IOMMU, *(SPLIT_IRQCHIP if accel == "kvm" else [])],
+                kernel_args=KERNEL_ARGS,
+                iommu=True,
                 trees=[dpdk],
                 deadline=PATIENCE,
             )

@@ -14,10 +14,9 @@ import trio
 from device.live_migration import RING_STATE
 from device.profiles import parse_profile
 from tests.guest import Root, boot
-from tests.guest._machine import accelerator
 from tests.guest.cards import ServedCard, serve_cards
 from tests.guest.programs import Step, program, read_steps
-from tests.guest.test_vfio_driver import IOMMU, SPLIT_IRQCHIP, Windows, kept_warnings
+from tests.guest.seen import Windows, kept_warnings
 from tests.guest.vdpa.kernel_log import KERNEL_ARGS
 from tests.guest.vdpa.parents import ADD, IFCVF, VDPA, VP_VDPA, Parent
 
@@ -211,7 +210,6 @@ def _script(setting: Setting) -> str:
 
 async def watch(root: Root, setting: Setting, folders: dict[Parent, Path]) -> Story:
     """Run a guest from its start to its end; each parent's card has its sockets in a folder of its own."""
-    accel = await accelerator(root)
     async with (
         _served(IFCVF, folders[IFCVF], setting.profiles[IFCVF]) as by_ifcvf,
         _served(VP_VDPA, folders[VP_VDPA], setting.profiles[VP_VDPA]) as by_vp_vdpa,
@@ -219,11 +217,10 @@ async def watch(root: Root, setting: Setting, folders: dict[Parent, Path]) -> St
             _script(setting),
             [by_ifcvf.card.socket, by_vp_vdpa.card.socket],
             root=root,
-            accel=accel,
             smp=setting.processors,
             shared=setting.shared,
-            kernel_args=f"{KERNEL_ARGS} intel_iommu=on",
-            qemu_args=[*IOMMU, *(SPLIT_IRQCHIP if accel == "kvm" else [])],
+            kernel_args=KERNEL_ARGS,
+            iommu=True,
             files={"vhost_vdpa": program("vhost_vdpa")},
             deadline=PATIENCE,
         ) as guest,

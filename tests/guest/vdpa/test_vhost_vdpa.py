@@ -1,7 +1,7 @@
 """vhost-vdpa over each parent, behind a virtual IOMMU: what a program gets that has the card by it.
 
-The program runs once for all sentences of a setting. The cards are served by our own engine alone, for the
-reason in test_vfio_driver.py. Answers are those of Linux 6.12: drivers/vhost/vdpa.c, drivers/vdpa/ifcvf and
+The program runs once for all sentences of a setting. The cards are served by our own engine alone, see
+Limit.UNKNOWN_UNMAPS. Answers are those of Linux 6.12: drivers/vhost/vdpa.c, drivers/vdpa/ifcvf and
 drivers/vdpa/virtio_pci.
 """
 
@@ -15,7 +15,7 @@ import trio
 from device.profiles import QUEUES, parse_profile
 from device.virtio.net import CONFIG_SIZE, CONTROL_QUEUE, RX_QUEUE, TX_QUEUE
 from tests.guest import Root
-from tests.guest.test_vfio_driver import OWN, PAGE, Span, span
+from tests.guest.seen import Span, span
 from tests.guest.vdpa._vhost import BEGIN, HOSTILE, ROUNDS, SETTINGS, Look, Seen, Story, watch
 from tests.guest.vdpa.kernel_log import complaints
 from tests.guest.vdpa.parents import IFCVF, PARENTS, Parent
@@ -23,7 +23,8 @@ from tests.guest.vdpa.parents import IFCVF, PARENTS, Parent
 # Of the driver in the kernel, which takes no features without it. vp_vdpa does.
 NO_ACCESS_PLATFORM: Final = "VIRTIO_F_ACCESS_PLATFORM is not negotiated"
 
-MEMORY_PAGES: Final = 74
+OWN, PAGE, MEMORY_PAGES = 0x1_0000_0000, 4096, 74
+"""Where the program maps its memory."""
 SENT_LATER: Final = 32 + 1
 """Frames of the program that wait while the queue is disabled, and its last."""
 
