@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 from device.profiles import parse_profile
 from tests.guest import Network, Root
-from tests.guest.conftest import ServeCards
+from tests.guest.cards import serve_cards
 from tests.guest.recording import Recordings, check
 from tests.guest.vdpa.parents import ADD, IFCVF, VDPA, VP_VDPA, Parent
 from tests.guest.vdpa.story import Story
 from tests.traces.recordings import SECTION
-from trionic.engines import Engine, EngineConfig
 
 PROCESSORS: Final = 4  # the IFC VF's driver asks for no more vectors than these
 
@@ -47,9 +47,9 @@ tell take; await_host
 {start}
 dev=$(nic)
 ip addr add 10.77.0.2/24 dev $dev
-ip link set $dev up
+bring_up $dev
 tell up; await_host
-ping -c 2 -i 0.2 10.77.0.1
+for ping in first second; do ping -c 1 -W 5 10.77.0.1; done
 tell traffic; await_host
 ip link set $dev down
 {stop}
@@ -82,23 +82,22 @@ while f=$(card $n); do echo ${f##*/} > $f/driver/unbind; n=$((n + 1)); done
 
 
 async def test_drivers_do_to_the_card_what_was_recorded(
-    guest_root: Root, serve_cards: ServeCards, engine: EngineConfig, make_network: Callable[..., Network]
+    guest_root: Root, make_network: Callable[..., Network], tmp_path: Path
 ) -> None:
-    chosen = LIVES if engine.engine is Engine.NATIVE else LIVES[:1]  # the others say nothing of an engine
-    lives = [Life(*life) for life in chosen]
-    profiles = PROFILES[: max(life.card for life in lives) + 1]
-    networks = [make_network() for _ in profiles]
+    lives = [Life(*life) for life in LIVES]
+    networks = [make_network() for _ in PROFILES]
     ports = [f"tap:name={network.tap},netns={network.path}" for network in networks]
     story = Story()
     script = NO_DRIVERS + "".join(life.script for life in lives)
-    async with serve_cards(*ports, profiles=[parse_profile(text) for text in profiles]) as cards:
+    profiles = [parse_profile(text) for text in PROFILES]
+    async with serve_cards(tmp_path, ports, profiles=profiles) as cards:
         recordings = Recordings(cards)
-        async with story.told(script, cards, guest_root, engine, smp=PROCESSORS) as guest:
+        async with story.told(script, cards, guest_root, smp=PROCESSORS) as guest:
             for life in lives:
                 await guest.expect("begin")
                 recordings.take(life.card)
                 guest.say()
-                life.lines.append(f"# {profiles[life.card]}")
+                life.lines.append(f"# {PROFILES[life.card]}")
                 for section in SECTIONS:
                     await guest.expect(section)
                     life.lines += [f"{SECTION}{section}", *recordings.take(life.card)]

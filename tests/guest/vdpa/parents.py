@@ -13,13 +13,11 @@ VDPA: Final = "vdpa0"
 ADD: Final = f"vdpa dev add name {VDPA} mgmtdev $mgmt"
 """Make the vDPA device of the card that `Parent.take` took."""
 
-DELETE: Final = f"vdpa dev del {VDPA}"
-
 ADDRESSES: Final = """
 dev=$(nic)
 ip addr add 10.77.0.2/24 dev $dev
 ip -6 addr add fd77::2/64 dev $dev nodad
-ip link set $dev up
+bring_up $dev
 """
 """Put addresses onto the interface that the guest has by the card now: ``$dev``."""
 

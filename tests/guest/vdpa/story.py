@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
-from tests.guest import Guest, Root, boot
+from tests.guest import Card, Guest, Root, boot
 from tests.guest.cards import ServedCard
 from tests.guest.conftest import qemu_warnings
 from tests.guest.vdpa.kernel_log import KERNEL_ARGS, complaints
@@ -46,12 +46,11 @@ class Story:
     async def told(
         self,
         script: str,
-        cards: Sequence[ServedCard],
+        cards: Sequence[ServedCard | Card],
         root: Root,
         engine: EngineConfig = NATIVE,
         *,
         expected_complaints: Sequence[str] = (),
-        kernel_args: str = "",
         deadline: float = PATIENCE,
         **options: Any,
     ) -> AsyncIterator[Guest]:
@@ -60,10 +59,10 @@ class Story:
         """
         async with boot(
             FUNCTIONS + script,
-            [card.socket for card in cards],
+            [card if isinstance(card, Card) else card.socket for card in cards],
             root=root,
             expected_warnings=qemu_warnings(engine),
-            kernel_args=f"{KERNEL_ARGS} {kernel_args}",
+            kernel_args=KERNEL_ARGS,
             deadline=deadline,
             **options,
         ) as guest:

@@ -9,100 +9,106 @@ import json
 import signal
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 import trio
 
 from device.virtio.transport import Status
 from tests.guest import Guest, Network, Root
-from tests.guest._machine import accelerator
 from tests.guest.cards import ServedCard, serve_cards
 from tests.guest.conftest import networks
-from tests.guest.test_vfio_driver import IOMMU, SPLIT_IRQCHIP
-from tests.guest.vdpa.parents import ADD, ADDRESSES, DELETE, PARENTS, Parent
+from tests.guest.vdpa.parents import PARENTS
 from tests.guest.vdpa.story import Story
 
 ROUNDS: Final = 20
-REBINDS: Final = 3
 
 FLOWING: Final = 10
-"""Frames each way that have to pass in a round before anything is taken away."""
+"""Frames each way that have to pass each card in a round before anything is taken away."""
 
 PATIENCE: Final = 240
 """Seconds for some twenty on an idle machine."""
 
-PINGED: Final = "10.77.0.1"
+PING: Final = ("-q", "-i", "0.002")
 
+CARDS: Final = range(len(PARENTS))
+"""Each parent has the card of its number in `PARENTS`."""
 
-def script(parent: Parent) -> str:
-    """The guest pings the host, which pings it, while each vDPA device and each driver is taken from under
-    that.
-    """
-    return f"""
+# The guest pings the host by each card, and is pinged, while vDPA devices and drivers go from under that.
+SCRIPT: Final = f"""
 modprobe virtio_vdpa
 modprobe virtio_net
-traffic() {{
-{ADDRESSES}
-    ip neigh replace {PINGED} lladdr $HOST dev $dev
-    ping -i 0.002 {PINGED} > /tmp/pinged 2>&1 &
-    pinging=$!
-    wait_for 20 grep -q "bytes from" /tmp/pinged
+cards="{" ".join(map(str, CARDS))}"
+drivers="{" ".join(parent.driver for parent in PARENTS)}"
+functions="$(for n in $cards; do card $n; done)"
+add() {{
+    n=0
+    for function in $functions; do
+        vdpa dev add name vdpa$n mgmtdev pci/${{function##*/}}
+        dev=$(echo $function/virtio*/net/*)
+        dev=${{dev##*/}}
+        ip addr add 10.77.$n.2/24 dev $dev
+        bring_up $dev
+        set -- $hosts; shift $n
+        ip neigh replace 10.77.$n.1 lladdr $1 dev $dev
+        ping -i 0.002 10.77.$n.1 > /tmp/pinged$n 2>&1 &
+        n=$((n + 1))
+    done
+    for n in $cards; do wait_for 20 grep -q "bytes from" /tmp/pinged$n; done
     tell flow; await_host > /dev/null
 }}
+delete() {{ for n in $cards; do vdpa dev del vdpa$n; done; }}
+drive() {{
+    set -- $1 $functions
+    for driver in $drivers; do
+        echo ${{2##*/}} > /sys/bus/pci/drivers/$driver/$1
+        set -- $1 $3
+    done
+}}
 over() {{
-    kill -INT $pinging
-    wait $pinging || true
-    grep packets /tmp/pinged
+    killall -INT ping
+    wait
+    for n in $cards; do echo "card $n: $(grep packets /tmp/pinged$n)"; done
     tell over; await_host > /dev/null
 }}
-tell host; HOST=$(await_host)
-{parent.take()}
-if [ $BOOT = 2 ]; then
-    step after_the_reboot
-    tell over; await_host > /dev/null
-    {ADD}
-    traffic
-    {DELETE}
-    over
-    step end
-    exit 0
-fi
+tell hosts; hosts=$(await_host)
+{"".join(parent.take(card) for card, parent in enumerate(PARENTS))}
 step taken
 tell over; await_host > /dev/null
-step rounds
-for round in $(seq {ROUNDS}); do
-    {ADD}
-    traffic
-    {DELETE}
-    over
-done
-step rebinds
-for round in $(seq {REBINDS}); do
-    {ADD}
-    traffic
-    echo ${{mgmt#pci/}} > /sys/bus/pci/drivers/{parent.driver}/unbind
+if [ $BOOT = 1 ]; then
+    step rounds
+    for round in $(seq {ROUNDS}); do
+        add
+        delete
+        over
+    done
+    step rebind
+    add
+    drive unbind
     over
     vdpa mgmtdev show
-    echo ${{mgmt#pci/}} > /sys/bus/pci/drivers/{parent.driver}/bind
-done
-step reboot
-{ADD}
-traffic
-reboot
+    drive bind
+    step reboot
+    add
+    reboot
+fi
+step after_the_reboot
+add
+delete
+over
+step end
 """
 
 
 TIMES: Final = [
     *("taken",),
     *[f"round {number}" for number in range(ROUNDS)],
-    *[f"rebind {number}" for number in range(REBINDS)],
-    *("after the reboot", "after all"),
+    *("rebind", "after the reboot", "after all"),
 ]
-"""When the card is looked at, with no driver in it."""
+"""When the cards are looked at, with no vDPA device on them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,41 +134,49 @@ def look(card: ServedCard) -> Left:
     )
 
 
-async def _frames_flow(card: ServedCard) -> None:
-    """Wait until frames have passed in both directions."""
-    before = card.counters
+async def _frames_flow(cards: list[ServedCard]) -> None:
+    """Wait until frames have passed each card in both directions."""
+    before = [card.counters for card in cards]
+
+    def passed() -> int:
+        return min(
+            card.counters[way] - counted[way]
+            for card, counted in zip(cards, before, strict=True)
+            for way in ("tx_frames", "rx_frames")
+        )
+
     with trio.fail_after(30):
-        while min(card.counters[way] - before[way] for way in ("tx_frames", "rx_frames")) < FLOWING:  # noqa: ASYNC110
+        while passed() < FLOWING:  # noqa: ASYNC110
             await trio.sleep(0.005)
 
 
-async def _steer(guest: Guest, story: Story, card: ServedCard, host: str) -> None:
-    left: dict[str, Left] = story.seen["left"]
+async def _steer(guest: Guest, story: Story, cards: list[ServedCard], hosts: str) -> None:
+    left: dict[str, list[Left]] = story.seen["left"]
 
-    async def cycle(time: str) -> None:
+    async def flow() -> None:
         await guest.expect("flow")
-        await _frames_flow(card)
+        await _frames_flow(cards)
         guest.say()
+
+    async def over(time: str) -> None:
         await guest.expect("over")
-        left[time] = look(card)
+        left[time] = [look(card) for card in cards]
         guest.say()
 
     async def begin(time: str) -> None:
-        await guest.expect("host")
-        guest.say(host)
-        await guest.expect("over")
-        left[time] = look(card)
-        guest.say()
+        await guest.expect("hosts")
+        guest.say(hosts)
+        await over(time)
 
-    first, *rounds, again, last = TIMES
+    first, *times, again, last = TIMES
     await begin(first)
-    for time in rounds:
-        await cycle(time)
-    await guest.expect("flow")
-    await _frames_flow(card)
-    guest.say()
+    for time in times:
+        await flow()
+        await over(time)
+    await flow()
     await begin(again)
-    await cycle(last)
+    await flow()
+    await over(last)
 
 
 @asynccontextmanager
@@ -170,7 +184,13 @@ async def pinging(story: Story, network: Network, root: Root) -> AsyncIterator[N
     """Ping the guest, many hundred times a second, beside the block."""
     # Started from this very thread, which the death signal is tied to.
     process = subprocess.Popen(  # noqa: ASYNC220
-        ["setpriv", "--pdeathsig", "KILL", "--", *network.command(root, "ping", *PING)],
+        [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "--",
+            *network.command(root, "ping", *PING, network.guest_address),
+        ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -179,49 +199,54 @@ async def pinging(story: Story, network: Network, root: Root) -> AsyncIterator[N
     try:
         yield
         process.send_signal(signal.SIGINT)
-        story.seen["host's pings"], _ = await trio.to_thread.run_sync(process.communicate)
+        said, _ = await trio.to_thread.run_sync(process.communicate)
+        story.seen["host's pings"].append(said)
     finally:
         process.kill()
         process.wait()
 
 
-PING: Final = ["-q", "-i", "0.002", "10.77.0.2"]
+async def _device(network: Network, root: Root, *options: str) -> dict[str, Any]:
+    """What the host tells of its TAP device."""
+    printed = await network.run(root, "ip", *options, "-j", "link", "show", network.tap)
+    (device,) = json.loads(printed)
+    found: dict[str, Any] = device
+    return found
 
 
-async def _watch(parent: Parent, root: Root, network: Network, folder: Path) -> Story:
+async def _watch(root: Root, links: list[Network], folder: Path) -> Story:
     story = Story()
-    story.seen["left"] = {}
-    port = f"tap:name={network.tap},netns={network.path}"
-    accel = await accelerator(root)
-    async with serve_cards(folder, [port]) as (card,):
-        (tap,) = json.loads(await network.run(root, "ip", "-j", "link", "show", network.tap))
-        neighbour = ("ip", "neigh", "replace", network.guest_address, "lladdr", card.mac, "dev", network.tap)
-        await network.run(root, *neighbour)
+    story.seen |= {"left": {}, "host's pings": []}
+    async with serve_cards(folder, [f"tap:name={link.tap},netns={link.path}" for link in links]) as cards:
+        for card, link in zip(cards, links, strict=True):
+            neighbour = ("ip", "neigh", "replace", link.guest_address, "lladdr", card.mac, "dev", link.tap)
+            await link.run(root, *neighbour)
+        hosts = [(await _device(link, root))["address"] for link in links]
         async with (
-            story.told(
-                script(parent),
-                [card],
-                root,
-                accel=accel,
-                kernel_args="intel_iommu=on",
-                qemu_args=[*IOMMU, *(SPLIT_IRQCHIP if accel == "kvm" else [])],
-                deadline=PATIENCE,
-            ) as guest,
-            pinging(story, network, root),
+            story.told(SCRIPT, cards, root, iommu=True, deadline=PATIENCE) as guest,
+            AsyncExitStack() as pings,
         ):
-            await _steer(guest, story, card, tap["address"])
-        (counted,) = json.loads(await network.run(root, "ip", "-s", "-j", "link", "show", network.tap))
-        story.seen["tap"], story.seen["card"] = counted["stats64"], card.counters
+            for link in links:
+                await pings.enter_async_context(pinging(story, link, root))
+            await _steer(guest, story, cards, " ".join(hosts))
+        story.seen["taps"] = [(await _device(link, root, "-s"))["stats64"] for link in links]
+        story.seen["cards"] = [card.counters for card in cards]
     return story
 
 
-@pytest.fixture(scope="module", params=PARENTS, ids=str)
-def story(
-    guest_root: Root, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Story:
+@pytest.fixture(scope="module")
+def story(guest_root: Root, tmp_path_factory: pytest.TempPathFactory) -> Story:
     """The script, run to its end."""
     with networks() as make:
-        return trio.run(_watch, request.param, guest_root, make(), tmp_path_factory.mktemp("lifecycle"))
+        links = [make(tap=f"tap{card}", subnet=f"10.77.{card}") for card in CARDS]
+        return trio.run(_watch, guest_root, links, tmp_path_factory.mktemp("lifecycle"))
+
+
+@pytest.fixture(params=CARDS, ids=[str(parent) for parent in PARENTS])
+def card(request: pytest.FixtureRequest) -> int:
+    """Each parent's card in turn."""
+    number: int = request.param
+    return number
 
 
 def test_devices_drivers_and_the_machine_come_and_go_and_the_kernel_has_nothing_to_say(story: Story) -> None:
@@ -229,33 +254,31 @@ def test_devices_drivers_and_the_machine_come_and_go_and_the_kernel_has_nothing_
     assert story.complaints == []
 
 
-@pytest.mark.parametrize(
-    ("step", "times"), [("rounds", ROUNDS), ("rebinds", REBINDS), ("after_the_reboot", 1)]
-)
-def test_nothing_comes_twice_to_the_guest(story: Story, step: str, times: int) -> None:
-    summaries = [line for line in story.step(step).splitlines() if "packets transmitted" in line]
-    assert len(summaries) == times
+@pytest.mark.parametrize(("step", "times"), [("rounds", ROUNDS), ("rebind", 1), ("after_the_reboot", 1)])
+def test_nothing_comes_twice_to_the_guest(story: Story, card: int, step: str, times: int) -> None:
+    summaries = [line for line in story.step(step).splitlines() if line.startswith(f"card {card}: ")]
+    assert ["packets transmitted" in summary for summary in summaries] == [True] * times
     assert [summary for summary in summaries if "duplicates" in summary] == []
 
 
 def test_nothing_comes_twice_to_the_host(story: Story) -> None:
-    summary = story.seen["host's pings"]
-    assert "duplicates" not in summary
-    assert int(summary.partition(" received")[0].split()[-1]) >= len(TIMES)
+    for summary in story.seen["host's pings"]:
+        assert "duplicates" not in summary, summary
+        assert int(summary.partition(" received")[0].split()[-1]) >= len(TIMES), summary
 
 
 @pytest.mark.parametrize("time", TIMES)
-def test_nothing_is_left_in_the_card(story: Story, time: str) -> None:
+def test_nothing_is_left_in_the_card(story: Story, card: int, time: str) -> None:
     left = story.seen["left"]
-    assert left[time] == Left(0, left["taken"].descriptors, Status(0), 0, [])
+    assert left[time][card] == Left(0, left["taken"][card].descriptors, Status(0), 0, [])
 
 
 def test_a_driver_that_is_gone_is_no_management_device_any_more(story: Story) -> None:
-    assert "pci/" not in story.step("rebinds")
+    assert "pci/" not in story.step("rebind")
 
 
-def test_all_frames_are_accounted_for(story: Story) -> None:
-    card, tap = story.seen["card"], story.seen["tap"]
-    assert card["tx_frames"] == tap["rx"]["packets"]
-    assert card["rx_frames"] + card["rx_filtered"] + card["rx_dropped"] <= tap["tx"]["packets"]
-    assert card["tx_dropped"] == 0
+def test_all_frames_are_accounted_for(story: Story, card: int) -> None:
+    counted, tap = story.seen["cards"][card], story.seen["taps"][card]
+    assert counted["tx_frames"] == tap["rx"]["packets"]
+    assert counted["rx_frames"] + counted["rx_filtered"] + counted["rx_dropped"] <= tap["tx"]["packets"]
+    assert counted["tx_dropped"] == 0

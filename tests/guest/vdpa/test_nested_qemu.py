@@ -1,6 +1,6 @@
 """QEMU itself as the user of vhost-vdpa: in a guest with a virtual IOMMU runs another QEMU, whose machine
 boots from the network by the card and fetches a file for ever (iPXE, the ROM of its virtio card). Meanwhile
-it is stopped, reset, and moved to another process.
+it is stopped, and moved to another process.
 
 Cards are served by our own engine alone, see Limit.UNKNOWN_UNMAPS.
 """
@@ -18,10 +18,8 @@ from device.profiles import N3000
 from device.virtio.features import Feature
 from device.virtio.transport import Status
 from tests.guest import Network, RigError, Root
-from tests.guest._machine import accelerator
 from tests.guest.cards import ServedCard, serve_cards
 from tests.guest.conftest import cannot
-from tests.guest.test_vfio_driver import IOMMU, SPLIT_IRQCHIP
 from tests.guest.vdpa._boot_server import BootServer, boot_server
 from tests.guest.vdpa._nested import SCRIPT, Nested, qemu_tree
 from tests.guest.vdpa.parents import ADD, IFCVF, VDPA
@@ -123,12 +121,6 @@ class Watch:
         await self.server.fetched(FILE)
         self.look("resumed", resumed)
 
-    async def reset(self) -> None:
-        """It is reset and boots again."""
-        done = await self.qemu.ask("system_reset")
-        await self.boots()
-        self.look("rebooted", done)
-
     async def move(self) -> None:
         """It goes on in another process."""
         await self.server.blocks(BLOCKS)
@@ -151,7 +143,6 @@ async def _happens(watch: Watch) -> None:
     await watch.qemu.start(OWN_RINGS)
     await watch.boots()
     await watch.pause()
-    await watch.reset()
     watch.look("not moved", await watch.qemu.ask("migrate", uri=MOVED))
     watch.nest.said["own rings"] = await watch.qemu.end()
     watch.nest.said["refused"] = await watch.qemu.refused(SHADOW_RINGS)
@@ -162,7 +153,6 @@ async def _happens(watch: Watch) -> None:
 
 async def _watch(root: Root, folder: Path) -> Nest:
     nest = Nest()
-    accel = await accelerator(root)
     script = f"{SCRIPT}modprobe vhost_vdpa\n{IFCVF.take()}\n{ADD}\nserve_host\nvdpa dev del {VDPA}\n"
     with Network() as network:
         async with (
@@ -172,10 +162,8 @@ async def _watch(root: Root, folder: Path) -> Nest:
                 script,
                 [card],
                 root,
-                accel=accel,
                 memory="1G",
-                kernel_args="intel_iommu=on",
-                qemu_args=[*IOMMU, *(SPLIT_IRQCHIP if accel == "kvm" else [])],
+                iommu=True,
                 trees=[qemu_tree(root)],
                 deadline=PATIENCE,
                 expected_complaints=[SLOW],
@@ -220,11 +208,6 @@ def test_a_machine_that_is_stopped_leaves_the_card_alone_and_goes_on_where_it_wa
     assert moved_on(nest.looks["runs"], resumed)
     assert resumed.fetches[BOOT] == stopped.fetches[BOOT]
     assert resumed.fetches[FILE] > stopped.fetches[FILE]
-
-
-def test_a_machine_that_is_reset_boots_again(nest: Nest) -> None:
-    assert nest.looks["rebooted"].answers == [DONE]
-    assert nest.looks["rebooted"].fetches[BOOT] > nest.looks["resumed"].fetches[BOOT]
 
 
 def test_a_device_that_offers_what_shadow_rings_do_not_know_has_none_and_does_not_move(nest: Nest) -> None:
