@@ -142,12 +142,12 @@ def test_a_queue_that_runs_shows_where_it_is_and_does_not_let_itself_be_moved(
     ring = DriverRing(memory, 4)
     block.write(IN_PAIRS[0], 4, 0x0004_0004)
     queue.enable(4, *ring.addresses)
-    block.write(IN_PAIRS[0], 4, 0x0005_0005)
-    assert block.read(IN_PAIRS[0], 4) == 0x0005_0005
+    block.write(IN_PAIRS[0], 4, 0x0006_0005)
+    assert block.read(IN_PAIRS[0], 4) == 0x0006_0005
     block.card.transport.status = Status.DRIVER_OK
     block.write(IN_PAIRS[0], 4, 0)
     block.write(IN_WORDS[0], 2, 0)
-    assert block.read(IN_PAIRS[0], 4) == 0x0005_0005
+    assert block.read(IN_PAIRS[0], 4) == 0x0006_0005
 
 
 # --- the log

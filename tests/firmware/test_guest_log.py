@@ -361,6 +361,8 @@ def test_bits_on_their_way_stay_behind_when_the_card_moves_and_it_says_so() -> N
     with about_to_be_told() as (driver, told, client), driver_of(Nic(Cable(), mac=MAC)) as other:
         InTheMiddle(client, driver.function.stop)
         driver.settle()
+        other.function.dma.map(LOG, PAGE, 3)
+        other.function.dma.remote = client
         move(driver.function, other.function)
         moved = Told(other, told.base, told.size)
         assert moved.status == LogStatus.LOGGING | LogStatus.UNREACHABLE

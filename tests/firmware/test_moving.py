@@ -131,6 +131,9 @@ def test_a_driver_that_has_moved_is_asked_to_announce_itself_until_it_has() -> N
         assert driver.read(COMMON + 0x15, 1) != asked
         assert driver.command(ANNOUNCE_ACK) == REFUSED
         assert driver.link_up
+        for state in (S.STOP, S.RUNNING):
+            migration_of(driver.function).set_state(state)
+        assert not announces(driver), "it has not moved since"
 
 
 def test_a_driver_that_moves_again_before_it_has_announced_itself_is_asked_still() -> None:
@@ -159,6 +162,21 @@ def test_a_driver_that_is_not_ready_yet_is_not_asked_later() -> None:
         travellers.move(travellers.another())
         assert not announces(driver)
         driver.start()
+        assert not announces(driver)
+
+
+def test_a_driver_that_starts_on_a_card_before_it_runs_again_is_not_asked() -> None:
+    with travelling(loopback) as travellers:
+        driver = travellers.driver
+        driver.start()
+        target = travellers.another()
+        migration = migration_of(target.function)
+        migration.set_state(S.RESUMING)
+        migration.write(saved(driver.function))
+        migration.set_state(S.STOP)
+        driver.nic, driver.function = target, target.function
+        driver.start()
+        migration.set_state(S.RUNNING)
         assert not announces(driver)
 
 
