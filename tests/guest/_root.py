@@ -52,7 +52,7 @@ _KEPT_UNUSED = 7 * 24 * 3600.0
 _KERNEL = "boot/vmlinux"
 _LAYOUT = 2  # raise when the same packages shall be arranged in another way
 _HERE = Path(__file__).parent
-_IMAGE_FILES = _HERE / "image"
+IMAGE_FILES = _HERE / "image"
 _IMAGE_MAKERS = [_HERE / name for name in ("_arch.py", "_cpio.py", "_elf.py", "_initramfs.py")]
 
 
@@ -202,12 +202,12 @@ def _cached_image(arch: Arch, made: Path, host: Path) -> Path:
         say(f"making the initramfs of {arch.debian} guests")
         stage = work / "stage"  # here, so that a killed run leaves it where the next one sweeps
         with (work / "initramfs.cpio").open("wb") as out:
-            write_initramfs(out, stage, arch, made / "tree", host, _IMAGE_FILES)
+            write_initramfs(out, stage, arch, made / "tree", host, IMAGE_FILES)
         shutil.rmtree(stage)
         size = (work / "initramfs.cpio").stat().st_size
         say(f"the initramfs is ready: {size / 1e6:.0f} MB")
 
-    return used(cached("guest-image", f"{made.name}\n{_digest([_IMAGE_FILES, *_IMAGE_MAKERS])}", make))
+    return used(cached("guest-image", f"{made.name}\n{_digest([IMAGE_FILES, *_IMAGE_MAKERS])}", make))
 
 
 def used(made: Path) -> Path:

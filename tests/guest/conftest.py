@@ -6,15 +6,15 @@ it fails instead, so that a green run there means that every test ran.
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import pytest
 
+from tests.conftest import cannot
 from tests.guest import X86_64, Arch, Card, Guest, GuestResult, Network, RigError, Root, boot
 from tests.guest import guest_root as make_guest_root
 from tests.guest.cards import ServedCard
@@ -32,13 +32,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.guest)
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(_FIRST_USE_TIMEOUT))
-
-
-def cannot(reason: RigError) -> NoReturn:
-    """Skip the test for this reason; with ``CI=true`` fail it."""
-    if os.environ.get("CI", "").lower() == "true":
-        pytest.fail(f"with CI=true no guest test is skipped, yet: {reason}", pytrace=False)
-    pytest.skip(str(reason))
 
 
 def qemu_warnings(engine: EngineConfig) -> list[str]:
@@ -91,7 +84,7 @@ def demand_root(arch: Arch) -> Root:
     try:
         return make_guest_root(arch)
     except RigError as missing:
-        cannot(missing)
+        cannot(str(missing))
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +123,7 @@ def networks() -> Iterator[Callable[..., Network]]:
             try:
                 return made.enter_context(Network(**options))
             except RigError as missing:
-                cannot(missing)
+                cannot(str(missing))
 
         yield make
 

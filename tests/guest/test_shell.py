@@ -9,7 +9,7 @@ from functools import partial
 import trio
 
 from tests.guest import Root
-from tests.guest._root import _IMAGE_FILES
+from tests.guest._root import IMAGE_FILES
 
 PATIENCE = 60  # seconds for some five on an idle machine
 PROMPT = "# \x1b[6n"  # the shell's, and its question where the cursor is
@@ -31,7 +31,7 @@ async def _type(lines: list[str]) -> str:
 
 
 async def test_what_the_greeting_proposes_can_be_typed(guest_root: Root) -> None:
-    greeting = (_IMAGE_FILES / "motd").read_text(encoding="utf-8")
+    greeting = (IMAGE_FILES / "motd").read_text(encoding="utf-8")
     proposed = [line.strip() for line in greeting.splitlines() if line.startswith("    ")]
     assert len(proposed) == 2
     said = await _type([*proposed, "basename $(readlink $(card)/driver)", "ethtool -i $(nic)", "exit"])

@@ -19,9 +19,9 @@ from tests.guest.cards import serve_cards
 from tests.guest.dpdk.testpmd import PREPARED
 from tests.guest.programs import program
 from tests.guest.recording import Recordings, check
-from tests.guest.vdpa._vhost import SHOWN
 from tests.guest.vdpa.parents import ADD, IFCVF, VDPA
 from tests.guest.vdpa.story import Story
+from tests.guest.vdpa.vhost import SHOWN
 
 PROFILE: Final = "n3000"
 

@@ -17,9 +17,9 @@ import trio
 from device.profiles import N3000
 from device.virtio.features import Feature
 from device.virtio.transport import Status
+from tests.conftest import cannot
 from tests.guest import Network, RigError, Root
 from tests.guest.cards import ServedCard, serve_cards
-from tests.guest.conftest import cannot
 from tests.guest.vdpa._boot_server import BootServer, boot_server
 from tests.guest.vdpa._nested import SCRIPT, Nested, qemu_tree
 from tests.guest.vdpa.parents import ADD, IFCVF, VDPA
@@ -181,7 +181,7 @@ def nest(guest_root: Root, tmp_path_factory: pytest.TempPathFactory) -> Nest:
     try:
         return trio.run(_watch, guest_root, tmp_path_factory.mktemp("nested"))
     except RigError as missing:
-        cannot(missing)
+        cannot(str(missing))
 
 
 def moved_on(earlier: Look, later: Look) -> bool:

@@ -16,9 +16,9 @@ from device.profiles import QUEUES, parse_profile
 from device.virtio.net import CONFIG_SIZE, CONTROL_QUEUE, RX_QUEUE, TX_QUEUE
 from tests.guest import Root
 from tests.guest.seen import Span, span
-from tests.guest.vdpa._vhost import BEGIN, HOSTILE, ROUNDS, SETTINGS, Look, Seen, Story, watch
 from tests.guest.vdpa.kernel_log import complaints
 from tests.guest.vdpa.parents import IFCVF, PARENTS, Parent
+from tests.guest.vdpa.vhost import BEGIN, HOSTILE, ROUNDS, SETTINGS, Look, Seen, Story, watch
 
 # Of the driver in the kernel, which takes no features without it. vp_vdpa does.
 NO_ACCESS_PLATFORM: Final = "VIRTIO_F_ACCESS_PLATFORM is not negotiated"
