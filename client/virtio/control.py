@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -59,6 +60,7 @@ class ControlError(ClientError):
 
 @dataclass(slots=True, eq=False)
 class _Pending:
+    kind: Kind
     slot: DmaBuffer
     ack_at: int
     done: trio.Event = field(default_factory=trio.Event)
@@ -81,6 +83,7 @@ class ControlQueue:
         ]
         self._room = trio.lowlevel.ParkingLot()
         self._under_way: set[_Pending] = set()
+        self._sent: Counter[Kind] = Counter()
         self._closed = False
 
     async def command(self, kind: Kind, data: bytes = b"") -> None:
@@ -100,22 +103,32 @@ class ControlQueue:
         if pending.ack != 0:
             raise ControlError(f"the device refuses control command {kind.cls}.{kind.number}")
 
-    def post(self, kind: Kind, data: bytes = b"") -> None:
-        """Send a command whose answer nobody waits for; dropped if as many are under way as there is room
-        for.
-        """
-        self._check()
-        if self._slots:
-            self._send(kind, data)
+    def once(self, kind: Kind) -> Callable[[], None]:
+        """A way to send a command whose answer nobody waits for. Nothing is sent if one of its kind is under
+        way now or was sent by then, as many are under way as there is room for, or the queue has ended.
 
-    def _send(self, kind: Kind, data: bytes) -> _Pending:
+        So who reads in between what the device wants does not grant a wish twice: what was read beside a
+        command may be older than that. Raises DeviceError as `collect` does.
+        """
+        self.collect()
+        before = self._sent[kind]
+        is_under_way = any(pending.kind == kind for pending in self._under_way)
+
+        def send() -> None:
+            if not self._closed and not is_under_way and self._sent[kind] == before and self._slots:
+                self._send(kind)
+
+        return send
+
+    def _send(self, kind: Kind, data: bytes = b"") -> _Pending:
         slot = self._slots.pop()
+        self._sent[kind] += 1
         ack_at = SLOT_SIZE - 1
         slot.view[0:2] = bytes(kind)
         slot.view[2 : 2 + len(data)] = data
         slot.view[ack_at] = 0xFF
         readable = [(slot.iova, 2)] + ([(slot.iova + 2, len(data))] if data else [])
-        pending = _Pending(slot, ack_at)
+        pending = _Pending(kind, slot, ack_at)
         self._under_way.add(pending)
         self._ring.add(readable, [(slot.iova + ack_at, 1)], pending)
         if self._ring.publish():

@@ -358,6 +358,8 @@ class NetDriver:
         self._wake_all()
 
     async def _read_config(self) -> None:
+        control = self._control
+        acknowledge = None if control is None else self._guard(control.once, Command.ANNOUNCED)
         config = await read_net_config(self._attachment.transport)
         if Feature.MAC in self.features:
             self.mac = config.mac
@@ -365,8 +367,8 @@ class NetDriver:
             self.mtu = config.mtu
         if Feature.STATUS in self.features:
             self.link_up = config.link_up
-        if Feature.GUEST_ANNOUNCE in self.features and config.announce and self._control is not None:
-            self._control.post(Command.ANNOUNCED)
+        if Feature.GUEST_ANNOUNCE in self.features and config.announce and acknowledge is not None:
+            acknowledge()
 
     # interrupts
 

@@ -150,7 +150,7 @@ async def test_every_kind_of_doorbell_is_heard(tmp_path: Path, doorbells: Doorbe
 @WIRINGS
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "by message alone"])
 async def test_a_card_moves_between_servers_and_no_frame_is_lost(
-    tmp_path: Path, wiring: Wiring, shared: bool
+    tmp_path: Path, wiring: Wiring, shared: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     places = [tmp_path / "one", tmp_path / "other"]
     for place in places:
@@ -194,6 +194,7 @@ async def test_a_card_moves_between_servers_and_no_frame_is_lost(
                         await trio.lowlevel.checkpoint()  # the card asks, and is answered
                 moved.set()
         assert got == [numbered(number) for number in range(sent)]
+    assert "WARNING" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "by message alone"])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
 
 from client.dma import DmaBuffer
 from client.errors import ClientError
@@ -22,22 +24,32 @@ async def test_a_command_that_is_too_long_is_refused() -> None:
     assert kicks == []
 
 
-def test_what_nobody_waits_for_is_dropped_when_there_is_no_room() -> None:
+async def test_what_nobody_waits_for_is_dropped_when_there_is_no_room(nursery: trio.Nursery) -> None:
     queue, kicks = a_queue()
-    for _ in range(SLOTS + 3):
-        queue.post(Command.ANNOUNCED)
+    for _ in range(SLOTS):
+        nursery.start_soon(queue.command, Command.MAC_TABLE)
+    await wait_all_tasks_blocked()
+    queue.once(Command.ANNOUNCED)()
     assert len(kicks) == SLOTS
-    queue.collect()
-    queue.close()
+    nursery.cancel_scope.cancel()
+
+
+def test_what_is_read_beside_a_command_sends_no_other() -> None:
+    queue, kicks = a_queue()
+    first, second = queue.once(Command.ANNOUNCED), queue.once(Command.ANNOUNCED)
+    first()
+    second()
+    queue.once(Command.ANNOUNCED)()
+    assert len(kicks) == 1
 
 
 async def test_after_the_end_nothing_is_sent() -> None:
-    queue, _ = a_queue()
+    queue, kicks = a_queue()
     queue.close()
     with pytest.raises(ClientError, match="reset"):
         await queue.command(Command.ANNOUNCED)
-    with pytest.raises(ClientError, match="reset"):
-        queue.post(Command.ANNOUNCED)
+    queue.once(Command.ANNOUNCED)()
+    assert kicks == []
 
 
 def test_addresses_have_six_bytes() -> None:

@@ -423,14 +423,15 @@ async def test_link_changes_are_heard(wiring: Wiring) -> None:
             assert driver.link_up == bool(up)
 
 
-async def test_an_announcement_is_acknowledged() -> None:
+async def test_each_announcement_is_acknowledged() -> None:
     nic = FakeNic()
     async with driving(nic) as driver:
-        nic.link = 3
-        nic.change_config()
-        await driver.wait_config_change()
-        await driver.set_rx_mode(RxMode.PROMISCUOUS, True)
-        assert nic.commands[0] == (3, 0, b"")
+        for _ in range(2):
+            nic.link = 3
+            nic.change_config()
+            await driver.wait_config_change()
+            await driver.set_rx_mode(RxMode.PROMISCUOUS, True)
+        assert nic.commands == [(3, 0, b""), (0, 0, b"\1")] * 2
 
 
 async def test_a_configuration_that_changes_meanwhile_is_read_again() -> None:
