@@ -53,6 +53,7 @@ class ControlQueue:
         self._announced = announced
         self._refusals_left = MAX_REFUSALS_TOLD
         self._interrupt = False
+        self._unanswered: tuple[int, Ack] | None = None
         self.unfinished = False
 
     def service(self) -> bool:
@@ -60,8 +61,8 @@ class ControlQueue:
 
         A driver that keeps adding commands is served a ringful; then `unfinished` is set, and it is for the
         caller to come back. So it is when the card changed while the client was asked for its memory, and
-        when that is about to go: a command that was not answered will be executed again, unless the driver
-        has taken the queue away. The caller holds the gate. A broken queue raises DeviceError(EIO); a chain
+        when that is about to go: a command that was not answered will be, unless the driver has taken the
+        queue away. The caller holds the gate. A broken queue raises DeviceError(EIO); a chain
         without room for the answer raises DeviceError(EINVAL).
         """
         self.unfinished = False
@@ -87,17 +88,27 @@ class ControlQueue:
         return True
 
     def _execute(self, chain: DescriptorChain) -> bool:
+        """Execute and answer a command; one that was executed already, and could not be answered, is answered
+        alone: doing it twice need not come to the same.
+        """
+        epoch, ack = self._unanswered or (None, Ack.ERR)
+        if epoch != chain.epoch:
+            ack = self._obey(chain)
+            self._unanswered = chain.epoch, ack
+        if chain.write(bytes([ack])) != 1:
+            raise DeviceError(errno.EINVAL, "a control command without a byte for the answer")
+        self._unanswered = None
+        return self.queue.push(chain, 1)
+
+    def _obey(self, chain: DescriptorChain) -> Ack:
         try:
             if sum(length for _, length in chain.readable) > MAX_COMMAND:
                 raise RefusedError(f"a command of more than {MAX_COMMAND} bytes")
             self._command(chain.read())
-            ack = Ack.OK
         except RefusedError as refusal:
             self._tell(refusal)
-            ack = Ack.ERR
-        if chain.write(bytes([ack])) != 1:
-            raise DeviceError(errno.EINVAL, "a control command without a byte for the answer")
-        return self.queue.push(chain, 1)
+            return Ack.ERR
+        return Ack.OK
 
     def _tell(self, refusal: RefusedError) -> None:
         if self._refusals_left > 0:

@@ -250,10 +250,11 @@ class Nic:
 
     def _announced(self) -> bool:
         """The driver has done so; whether it was to."""
-        asked = LinkStatus.ANNOUNCE in self.config.status
+        if LinkStatus.ANNOUNCE not in self.config.status:
+            return False
         self.config.status &= ~LinkStatus.ANNOUNCE
         self.card.transport.config_differs()
-        return asked
+        return True
 
     def _set_mac(self, mac: bytes) -> None:
         self.config.mac = mac

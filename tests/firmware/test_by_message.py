@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from device.errors import DeviceError
-from device.virtio.net import CONTROL_QUEUE, RX_QUEUE, TX_QUEUE
+from device.virtio.net import CONTROL_QUEUE, RX_QUEUE, TX_QUEUE, LinkStatus
 from device.virtio.transport import Status
 from firmware import Nic
 from tests.device.remote_side import Ask, Client, map_by_message
@@ -19,6 +19,7 @@ from tests.firmware.driver import CONFIG_VECTOR, Driver
 from tests.firmware.test_nic import MAC, OTHER, Cable, frame
 
 ADDR_SET = b"\1\1"
+ANNOUNCE_ACK = b"\3\0"
 OK = 0
 
 
@@ -125,6 +126,33 @@ async def test_a_reset_while_a_command_waits_for_the_client_starts_over(driver: 
     assert driver.commands.used() == []
     assert driver.mac == MAC
     assert driver.status == 0
+
+
+async def test_a_command_whose_answer_is_held_up_by_a_stop_is_not_executed_twice(driver: Remote) -> None:
+    """The second time there would be nothing to acknowledge."""
+    driver.start(buffers=0)
+    driver.nic.config.status |= LinkStatus.ANNOUNCE
+    token = trio.lowlevel.current_trio_token()
+    stopped = trio.Event()
+
+    def stop_before_the_answer(ask: Ask) -> None:
+        if ask[0] == "write" and ask[2] == 1:
+            driver.client.meanwhile = lambda _: None
+            driver.function.stop()
+            trio.from_thread.run_sync(stopped.set, trio_token=token)
+
+    driver.client.meanwhile = stop_before_the_answer
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(driver.nic.run)
+            assert driver.command(ANNOUNCE_ACK) is None
+            await stopped.wait()
+            driver.function.run()
+            assert driver.fired(CONTROL_QUEUE), "as for everything"
+            await driver.interrupted(CONTROL_QUEUE)
+            nursery.cancel_scope.cancel()
+    assert len(driver.commands.used()) == 1
+    assert driver.memory.read(driver.memory.allocate(0, 16) - 16, 1)[0] == OK
 
 
 async def test_a_reset_is_complete_when_the_client_has_answered(driver: Remote) -> None:
