@@ -144,12 +144,12 @@ def test_what_was_written_before_it_is_turned_off_is_told_after(world: World) ->
 
 @pytest.mark.parametrize("asked", [READ, WRITE])
 def test_a_change_of_the_card_in_the_middle_loses_no_bit(world: World, asked: Ask) -> None:
-    world.write(3, 9)
+    world.write(3, 7, 9)
     world.when(asked, world.dma.disturb)
     assert not world.dma.settle_guest_log()
     assert world.log.owing
     assert world.dma.settle_guest_log()
-    assert world.bits == {3, 9}
+    assert world.bits == {3, 7, 9}
     assert not world.log.unreachable
 
 
@@ -169,9 +169,17 @@ def test_a_log_that_is_turned_on_anew_in_the_middle_leaves_out_what_the_one_befo
     world.when(asked, lambda: world.log.start(LOG + PAGE, LOG + 2 * PAGE))
     assert not world.dma.settle_guest_log()
     assert world.log.unreachable
-    world.write(4)
+    world.write(3, 4)
     assert world.dma.settle_guest_log()
-    assert pages_of(world.told.read(LOG + PAGE, PAGE)) == {4}
+    assert pages_of(world.told.read(LOG + PAGE, PAGE)) == {3, 4}
+
+
+def test_a_page_that_the_log_before_is_owed_is_told_to_the_next(world: World) -> None:
+    world.write(3)
+    world.log.start(LOG + PAGE, LOG + 2 * PAGE)
+    world.write(3)
+    assert world.dma.settle_guest_log()
+    assert pages_of(world.told.read(LOG, 2 * PAGE)) == {3 + 8 * PAGE}
 
 
 def test_where_the_log_was_nothing_is_written_after_it_has_moved(world: World) -> None:
@@ -194,6 +202,16 @@ def test_who_settles_gets_away_from_others_who_write_all_the_time(world: World) 
     world.client.meanwhile = lambda _: None
     assert world.dma.settle_guest_log()
     assert world.bits == {3, 9, *range(10, next(pages))}
+
+
+@pytest.mark.parametrize("asked", [READ, WRITE])
+def test_who_would_settle_meanwhile_leaves_it_to_who_does(world: World, asked: Ask) -> None:
+    seen: list[tuple[bool, bool]] = []
+    world.write(3, 9)
+    world.when(asked, lambda: seen.append((world.dma.settle_guest_log(), world.log.owing)))
+    assert world.dma.settle_guest_log()
+    assert seen == [(True, True)]
+    assert world.client.asked == [READ, WRITE]
 
 
 def test_a_client_that_does_not_answer_is_waited_for_once(world: World) -> None:
