@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 from hypothesis import example, given, settings
@@ -273,7 +274,7 @@ class InTheMiddle:
     """What is seen while the client is asked for the log the first time, by one who has the card's gate."""
 
     def __init__(self, client: Client, look: Callable[[], object]) -> None:
-        self.seen: list[object] = []
+        self.seen: list[Any] = []
 
         def meanwhile(_: Ask) -> None:
             client.meanwhile = lambda _: None
@@ -367,6 +368,26 @@ def test_bits_on_their_way_stay_behind_when_the_card_moves_and_it_says_so() -> N
         moved = Told(other, told.base, told.size)
         assert moved.status == LogStatus.LOGGING | LogStatus.UNREACHABLE
         assert told.status == LogStatus.LOGGING, "the card that stays may go on, and say it"
+
+
+async def test_a_reset_is_complete_also_when_the_card_sleeps_with_bits_that_it_may_not_write() -> None:
+    with about_to_be_told() as (driver, _, client):
+
+        def forbid() -> int:
+            driver.function.region_write(CONFIG_REGION, 4, b"\2\0")
+            return driver.nic.datapath.counters()["sleeps"]
+
+        middle = InTheMiddle(client, forbid)
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(driver.nic.run)
+                while not middle.seen or driver.nic.datapath.counters()["sleeps"] <= middle.seen[0]:
+                    await trio.lowlevel.checkpoint()
+                assert driver.function.dma.guest_log_owed
+                driver.status = 0
+                while driver.status:
+                    await trio.lowlevel.checkpoint()
+                nursery.cancel_scope.cancel()
 
 
 async def test_a_card_that_runs_tells_all_that_it_wrote(nursery: trio.Nursery) -> None:
