@@ -239,10 +239,10 @@ class PciFunction:
         Accesses that are refused because BARs are not decoded do not get there. KeyError if there is no such
         region.
         """
-        made = between(self.accesses(index))
+        made = between(self.region_accesses(index))
         self._reads[index], self._writes[index] = made.read, made.write
 
-    def accesses(self, index: int) -> Accesses:
+    def region_accesses(self, index: int) -> Accesses:
         """What answers accesses to region `index`, decoded or not; KeyError if there is no such region."""
         return Accesses(self._reads[index], self._writes[index])
 

@@ -23,7 +23,7 @@ class Host(Protocol):
     def bars(self) -> Mapping[int, Bar | MemoryBar]:
         """By BAR index."""
 
-    def accesses(self, index: int) -> Accesses:
+    def region_accesses(self, index: int) -> Accesses:
         """What answers accesses to a BAR."""
 
     @property

@@ -143,11 +143,11 @@ class VirtioPciCfgAccess(Capability):
         window = self._window()
         if window:
             index, offset, length = window
-            data = self._host.accesses(index).read(offset, length)
+            data = self._host.region_accesses(index).read(offset, length)
             self._host.config.store(self.at("DATA"), length, int.from_bytes(data, "little"))
 
     def _pass_on(self, _old: int, new: int) -> None:
         window = self._window()
         if window:
             index, offset, length = window
-            self._host.accesses(index).write(offset, new.to_bytes(4, "little")[:length])
+            self._host.region_accesses(index).write(offset, new.to_bytes(4, "little")[:length])
