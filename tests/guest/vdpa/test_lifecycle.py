@@ -17,6 +17,7 @@ from typing import Any, Final
 import pytest
 import trio
 
+from device.profiles import parse_profile
 from device.virtio.transport import Status
 from tests.guest import Guest, Network, Root
 from tests.guest.cards import ServedCard, serve_cards
@@ -32,7 +33,10 @@ FLOWING: Final = 10
 PATIENCE: Final = 240
 """Seconds for some twenty on an idle machine."""
 
-PING: Final = ("-q", "-i", "0.002")
+PING: Final = ("-q", "-i", "0.005")
+
+SHORT_RINGS: Final = parse_profile("n3000:queue-size=64")
+"""Linux maps each buffer for itself, and fills the receive ring each time anew."""
 
 CARDS: Final = range(len(PARENTS))
 """Each parent has the card of its number in `PARENTS`."""
@@ -54,7 +58,7 @@ add() {{
         bring_up $dev
         set -- $hosts; shift $n
         ip neigh replace 10.77.$n.1 lladdr $1 dev $dev
-        ping -i 0.002 10.77.$n.1 > /tmp/pinged$n 2>&1 &
+        ping -i 0.005 10.77.$n.1 > /tmp/pinged$n 2>&1 &
         n=$((n + 1))
     done
     for n in $cards; do wait_for 20 grep -q "bytes from" /tmp/pinged$n; done
@@ -181,7 +185,7 @@ async def _steer(guest: Guest, story: Story, cards: list[ServedCard], hosts: str
 
 @asynccontextmanager
 async def pinging(story: Story, network: Network, root: Root) -> AsyncIterator[None]:
-    """Ping the guest, many hundred times a second, beside the block."""
+    """Ping the guest, two hundred times a second, beside the block."""
     # Started from this very thread, which the death signal is tied to.
     process = subprocess.Popen(  # noqa: ASYNC220
         [
@@ -217,7 +221,8 @@ async def _device(network: Network, root: Root, *options: str) -> dict[str, Any]
 async def _watch(root: Root, links: list[Network], folder: Path) -> Story:
     story = Story()
     story.seen |= {"left": {}, "host's pings": []}
-    async with serve_cards(folder, [f"tap:name={link.tap},netns={link.path}" for link in links]) as cards:
+    ports = [f"tap:name={link.tap},netns={link.path}" for link in links]
+    async with serve_cards(folder, ports, profile=SHORT_RINGS) as cards:
         for card, link in zip(cards, links, strict=True):
             neighbour = ("ip", "neigh", "replace", link.guest_address, "lladdr", card.mac, "dev", link.tap)
             await link.run(root, *neighbour)
