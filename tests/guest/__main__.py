@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,15 +12,20 @@ from typing import Any, TextIO, TypeVar
 import click
 import trio
 
-from tests.guest import Card, GuestError, Network, boot, guest_root
+from tests.guest import Card, GuestError, Network, Root, boot, guest_root
 from tests.guest._arch import ARCHES, HOST
 from tests.guest._arguments import card_arguments, machine_arguments
 from tests.guest._dpdk import dpdk_tree
+from tests.guest._initrd import write_initrd
 from tests.guest._machine import accelerator
+from tests.guest._qemu import qemu_tree
 from tests.peers.cache import PeerError
 
 _SOCKET = click.Path(exists=True, dir_okay=False, path_type=Path)
 _ARCHES = {arch.debian: arch for arch in ARCHES}
+_EXTRAS: dict[str, Callable[[Root], Path]] = {"dpdk": lambda _root: dpdk_tree(), "qemu": qemu_tree}
+"""What guests can be given, as one of the trees of `boot`."""
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -27,10 +33,18 @@ def _machine_options(command: _Command) -> _Command:
     """The options of every command that boots a guest."""
     for option in (
         click.option("--accel", type=click.Choice(["tcg", "kvm"]), help="Default: what works here."),
+        click.option("--iommu", is_flag=True, help="A virtual IOMMU, for vfio-pci and vhost-vdpa."),
         click.option("--kernel-arg", "kernel_args", multiple=True, metavar="ARG", help="E.g. pci=nomsi."),
         click.option("--memory", default="512M", show_default=True, help="The guest's memory."),
         click.option("--smp", default=1, show_default=True, help="The guest's processors."),
         click.option("--socket", "sockets", multiple=True, type=_SOCKET, help="A card's socket; repeatable."),
+        click.option(
+            "--with",
+            "extras",
+            multiple=True,
+            type=click.Choice([*_EXTRAS]),
+            help="More programs; repeatable.",
+        ),
     ):
         command = option(command)
     return command
@@ -40,8 +54,9 @@ def _machine_options(command: _Command) -> _Command:
 def main() -> None:
     """Real Linux in real QEMU with the card plugged in.
 
-    QEMU, kernel and tools are Debian packages, fetched on first use (about 20 s) into the cache directory:
-    $TRIONIC_CACHE, or .cache in the checkout. Nothing is installed on this host and no root is needed.
+    QEMU, kernel and tools are Debian packages, fetched on first use (a minute or two) into the cache
+    directory: $TRIONIC_CACHE, or .cache in the checkout. Nothing is installed on this host and no root is
+    needed.
 
     \b
     A card in one terminal, a guest with it in another:
@@ -76,6 +91,8 @@ def shell(
     memory: str,
     kernel_args: tuple[str, ...],
     accel: str | None,
+    iommu: bool,
+    extras: tuple[str, ...],
     qemu_args: tuple[str, ...],
 ) -> None:
     """Boot a guest whose console is this terminal.
@@ -88,9 +105,12 @@ def shell(
     Examples:
       python -m tests.guest shell --socket /tmp/nic.sock
       python -m tests.guest shell --socket a.sock --socket b.sock --smp 4 --kernel-arg pci=nomsi
-      python -m tests.guest shell -- -device intel-iommu,intremap=on,caching-mode=on
+      python -m tests.guest shell --socket a.sock --iommu --with dpdk --with qemu --memory 1G --smp 2
     """
     root = guest_root()
+    initrd = tempfile.TemporaryFile()  # noqa: SIM115  (without a name, it goes with QEMU)
+    write_initrd(initrd, root, [_EXTRAS[name](root) for name in extras])
+    os.set_inheritable(initrd.fileno(), True)
     command = [
         *root.qemu(),
         *machine_arguments(
@@ -99,6 +119,8 @@ def shell(
             smp=smp,
             memory=memory,
             kernel_args=" ".join(["quiet", *kernel_args]),
+            iommu=iommu,
+            initrd=Path(f"/proc/self/fd/{initrd.fileno()}"),
         ),
         *("-serial", "mon:stdio"),
         # Pulling a card out of a running guest takes a port that allows it.
@@ -120,6 +142,8 @@ def run(
     memory: str,
     kernel_args: tuple[str, ...],
     accel: str | None,
+    iommu: bool,
+    extras: tuple[str, ...],
     arch: str,
     deadline: float,
     tap: bool,
@@ -134,18 +158,24 @@ def run(
       echo 'lspci -nn; ip -br link' | python -m tests.guest run --socket /tmp/nic.sock -
     """
 
+    root = guest_root(_ARCHES[arch])
+    if root.arch is not HOST and (iommu or extras):
+        raise click.UsageError(f"--iommu and --with are for guests of {HOST.debian}")
+
     async def go() -> int:
         network = Network() if tap else None
         with network or nullcontext():
             async with boot(
                 script.read(),
                 sockets,
-                root=guest_root(_ARCHES[arch]),
+                root=root,
                 deadline=deadline,
                 smp=smp,
                 memory=memory,
                 accel=accel,
                 kernel_args=" ".join(["quiet", *kernel_args]),
+                iommu=iommu,
+                trees=[_EXTRAS[name](root) for name in extras],
                 network=network,
                 taps=[network.tap] if network else [],
             ) as guest:

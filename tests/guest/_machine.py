@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import trio
 
@@ -20,9 +18,8 @@ from tests.guest._accel import choose_accelerator
 from tests.guest._arch import HOST
 from tests.guest._arguments import Card, card_arguments, machine_arguments, serial_arguments, tap_arguments
 from tests.guest._channel import Channel, ScriptOutput, Transcript
-from tests.guest._cpio import CpioWriter
 from tests.guest._errors import GuestError
-from tests.guest._initramfs import LINKED_DIRECTORIES
+from tests.guest._initrd import write_initrd
 from tests.guest._network import Network
 from tests.guest._qmp import Event, Qmp, QmpError
 from tests.guest._root import Root, guest_root
@@ -320,7 +317,7 @@ async def boot(
         monitor, channel, console, output, stderr = near
         # It has no name: a killed run leaves nothing of it behind.
         initrd = stack.enter_context(tempfile.TemporaryFile())
-        await trio.to_thread.run_sync(_write_initrd, initrd, root, script, files or {}, trees)
+        await trio.to_thread.run_sync(write_initrd, initrd, root, trees, script, files or {})
         inherited = [*(end.fileno() for end in far[:4]), initrd.fileno()]
         command = [
             # A killed test run takes its guests with it.
@@ -358,28 +355,6 @@ async def boot(
         streams: Streams = {guest._console: console, guest._output: output, guest._stderr: stderr}
         async with _watched(guest, streams, deadline):
             yield guest
-
-
-def _write_initrd(
-    out: IO[bytes], root: Root, script: str, files: Mapping[str, Path], trees: Sequence[Path]
-) -> None:
-    """Write what the guest starts from: its userland, and behind it what the host gives it."""
-    for tree, name in product(trees, LINKED_DIRECTORIES):
-        path = tree / name
-        if path.is_dir() and not path.is_symlink():  # it would take the link's place
-            raise ValueError(f"{path} is a directory; guests have /{name} as a link to usr/{name}")
-    with root.initramfs.open("rb") as userland:
-        shutil.copyfileobj(userland, out)
-    archive = CpioWriter(out)
-    for tree in trees:
-        archive.tree(tree)
-    for directory in ("given", "given/files"):
-        archive.directory(directory)
-    archive.file("given/script", script.encode() + b"\n")
-    for name, path in files.items():
-        archive.file(f"given/files/{name}", path.read_bytes())
-    archive.close()
-    out.flush()
 
 
 def _socket_pairs(stack: ExitStack, count: int) -> tuple[list[trio.SocketStream], list[socket.socket]]:

@@ -15,10 +15,13 @@ PATIENCE = 60  # seconds for some five on an idle machine
 PROMPT = "# \x1b[6n"  # the shell's, and its question where the cursor is
 
 
-async def _type(lines: list[str]) -> str:
-    """Boot a guest with a card on loopback, type a line at each prompt, and give all that was said."""
+async def _type(lines: list[str], *arguments: str) -> str:
+    """Boot a guest with a card on loopback, type a line at each prompt, and give all that was said.
+
+    `arguments` are for ``python -m tests.guest shell``.
+    """
     said = ""
-    command = [sys.executable, "-m", "trionic", "guest", "--port", "loopback"]
+    command = [sys.executable, "-m", "trionic", "guest", "--port", "loopback", "--", *arguments]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
@@ -30,13 +33,17 @@ async def _type(lines: list[str]) -> str:
     return said.replace("\r", "")
 
 
-async def test_what_the_greeting_proposes_can_be_typed(guest_root: Root) -> None:
+async def test_a_guest_does_what_its_greeting_proposes_and_has_what_was_asked_for(guest_root: Root) -> None:
     greeting = (IMAGE_FILES / "motd").read_text(encoding="utf-8")
     proposed = [line.strip() for line in greeting.splitlines() if line.startswith("    ")]
     assert len(proposed) == 2
-    said = await _type([*proposed, "basename $(readlink $(card)/driver)", "ethtool -i $(nic)", "exit"])
+    looks = ["basename $(readlink $(card)/driver)", "ethtool -i $(nic)", "ls /sys/class/iommu"]
+    looks += ["qemu-system-x86_64 --version", "exit"]
+    said = await _type([*proposed, *looks], "--iommu", "--with", "qemu")
     assert greeting in said
     assert "supported_classes net\n" in said
     assert "\nifcvf\n" in said
     assert "driver: virtio_net\n" in said
     assert "bus-info: vdpa0\n" in said
+    assert "\ndmar0\n" in said
+    assert "\nQEMU emulator version " in said

@@ -19,9 +19,10 @@ from device.virtio.features import Feature
 from device.virtio.transport import Status
 from tests.conftest import cannot
 from tests.guest import Network, RigError, Root
+from tests.guest._qemu import qemu_tree
 from tests.guest.cards import ServedCard, serve_cards
 from tests.guest.vdpa._boot_server import BootServer, boot_server
-from tests.guest.vdpa._nested import SCRIPT, Nested, qemu_tree
+from tests.guest.vdpa._nested import SCRIPT, Nested
 from tests.guest.vdpa.parents import ADD, IFCVF, VDPA
 from tests.guest.vdpa.story import Story
 
