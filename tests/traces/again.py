@@ -27,7 +27,7 @@ from tests.device.driver_side import DriverRing, GuestMemory
 from tests.firmware.driver import BUFFER, HEADER, NO_HEADER
 from tests.firmware.test_nic import Cable, frame
 from tests.traces.recordings import is_ring_state
-from tests.traces.registers import Lines, Registers, served
+from tests.traces.registers import Lines, Registers, do_each, served
 from tests.traces.replay import BUFFERS
 from trionic.engines import EngineConfig
 
@@ -126,11 +126,7 @@ class Again(Registers):
     # --- steps
 
     async def run(self, steps: Lines) -> None:
-        for number, step in enumerate(steps):
-            try:
-                await self.step(step)
-            except AssertionError as error:
-                raise AssertionError(f"step {number}, {' '.join(step)}: {error}") from error
+        await do_each(steps, self.step)
 
     async def step(self, step: list[str]) -> None:
         verb, place, *_ = step

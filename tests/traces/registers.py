@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,15 @@ REGISTERS = {
 STRUCTURES = {"isr": ISR, "notify": NOTIFY, "device": DEVICE}
 
 Lines = list[list[str]]
+
+
+async def do_each(steps: Lines, do: Callable[[list[str]], Awaitable[None]]) -> None:
+    """Do these in turn; an AssertionError says which it was."""
+    for number, step in enumerate(steps):
+        try:
+            await do(step)
+        except AssertionError as error:
+            raise AssertionError(f"step {number}, {' '.join(step)}: {error}") from error
 
 
 class Registers:

@@ -25,7 +25,7 @@ from firmware import Nic
 from tests.device.driver_side import DriverRing, GuestMemory
 from tests.firmware.driver import BUFFER, HEADER, NO_HEADER
 from tests.firmware.test_nic import Cable, frame
-from tests.traces.registers import LIVE_MIGRATION_BAR, NOTIFY, Lines, Registers, served
+from tests.traces.registers import LIVE_MIGRATION_BAR, NOTIFY, Lines, Registers, do_each, served
 
 LOG = 0x1000_0000_0000  # where DPDK maps vhost's log
 LOG_SIZE = 0x2000
@@ -93,11 +93,7 @@ class Replay(Registers):
     # --- steps
 
     async def run(self, steps: Lines) -> None:
-        for number, step in enumerate(steps):
-            try:
-                await self.step(step)
-            except AssertionError as error:
-                raise AssertionError(f"step {number}, {' '.join(step)}: {error}") from error
+        await do_each(steps, self.step)
 
     async def step(self, step: list[str]) -> None:
         match step:
