@@ -10,7 +10,7 @@ from tests.guest._arch import HOST
 from tests.guest._errors import RigError
 from tests.guest._packages import PackageTree
 from tests.guest._toolchain import Toolchain
-from tests.peers.debian import require_host_package, run
+from tests.peers.debian import require_host_package
 
 SOURCE_PACKAGE = "linux-source-6.12"
 
@@ -29,17 +29,17 @@ def build_modules(work: Path, suite: str, release: str, into: Path) -> None:
     require_host_package("make", Path("/usr/bin/make"))
     packages = PackageTree(work / "apt", [suite], HOST.debian)
     headers = f"linux-headers-{release}"
-    packages.download(*_toolchain.PACKAGES, release=suite)
+    packages.download(*_toolchain.PACKAGES, "xz-utils", release=suite)
     # Alone: the headers depend on the kernel itself, and the source on compilers of many kinds.
     common = packages.dependency(headers, r"linux-headers-.*-common")
     kbuild = packages.dependency(headers, r"linux-kbuild-.*")
     packages.download_alone(headers, common, kbuild, SOURCE_PACKAGE)
     tree = work / "tree"
     packages.unpack(tree)
-    directories = [f"{SOURCE_PACKAGE}/{directory}" for directory, _ in MODULES.values()]
-    run(["tar", "-C", work, "-xf", tree / f"usr/src/{SOURCE_PACKAGE}.tar.xz", *directories])
-    source = work / SOURCE_PACKAGE
     toolchain = Toolchain(tree)
+    directories = [f"{SOURCE_PACKAGE}/{directory}" for directory, _ in MODULES.values()]
+    toolchain.run("tar", "-C", work, "-xf", tree / f"usr/src/{SOURCE_PACKAGE}.tar.xz", *directories)
+    source = work / SOURCE_PACKAGE
     build = tree / "usr/src" / headers
     # It names the other half by the path that it has on a system where it is installed.
     (build / "Makefile").write_text(f"include {tree / 'usr/src' / common / 'Makefile'}\n", "utf-8")
