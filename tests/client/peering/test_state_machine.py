@@ -28,7 +28,7 @@ from tests.client.peering.story import STEPS, Do, Side, Step, Story
 from tests.descriptors import open_fds
 
 THOROUGH: Final = os.environ.get("CI", "").lower() == "true"
-STORIES: Final = 200 if THOROUGH else 40
+STORIES: Final = 100 if THOROUGH else 40
 PARTS: Final = 3
 
 
